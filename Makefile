@@ -1,0 +1,68 @@
+# `make` lists the targets. Everything is installed into .venv here; nothing outside the folder is changed.
+
+PYTHON ?= python3.11
+BIN := .venv/bin
+CXX ?= g++
+SEEDS ?= 1 2 3 4 5
+
+DRIVER_SOURCES := csrc/crc32c.cpp csrc/gather.cpp csrc/test/driver.cpp
+CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/test/*.cpp)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint format sanitize clean distclean
+
+help:  ## list the targets
+	@echo "attr_engine: which training tracks made this piece?"
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+	@echo "The first call makes .venv with $(PYTHON); take another Python with: make PYTHON=python3.10 test"
+
+venv:  ## make .venv, or bring it up to date
+	@$(PYTHON) -c "" 2>/dev/null || { \
+	  echo "make: $(PYTHON) does not run here. Install Python 3.11 (Debian: apt install python3.11" \
+	       "python3.11-venv python3.11-dev; or https://www.python.org, pyenv, conda) or name a Python" \
+	       "3.10 or 3.11 that you have: make PYTHON=/path/to/python3.10 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) tools/setup_venv.py
+
+demo: venv  ## attribute a small synthetic piece from end to end, into demo-run/
+	@$(BIN)/attr-engine demo --out demo-run
+
+test: venv  ## style, types and tests, as the continuous integration runs them
+	@echo "[1/4] ruff check: style, imports, docstrings (1 s; about 3 min left)"
+	@$(BIN)/ruff check .
+	@echo "[2/4] ruff format: layout (1 s; about 3 min left)"
+	@$(BIN)/ruff format --check .
+	@echo "[3/4] mypy: types (about 30 s the first time; about 3 min left)"
+	@$(BIN)/mypy
+	@echo "[4/4] pytest, two processes (about 2 min left)"
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2
+
+lint: venv  ## style and types without the tests, and clang-format and clang-tidy for csrc
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/clang-format --dry-run -Werror $(CSRC)
+	@tidy=$$(command -v $(BIN)/clang-tidy || command -v clang-tidy) || { \
+	  echo "clang-tidy was left out: $(BIN)/pip install clang-tidy"; exit 0; }; \
+	$$tidy --quiet csrc/*.cpp -- -std=c++17 -Icsrc $$($(BIN)/python -m pybind11 --includes | sed 's/-I/-isystem /g')
+
+format: venv  ## put Python and C++ into the project's layout
+	@$(BIN)/ruff check --select I --fix .
+	@$(BIN)/ruff format .
+	@$(BIN)/clang-format -i $(CSRC)
+
+sanitize:  ## run the C++ driver under the address, undefined-behaviour and thread sanitizers (20 s)
+	@mkdir -p build
+	@for sanitizer in address,undefined thread; do \
+	  echo "driver with -fsanitize=$$sanitizer, seeds $(SEEDS)"; \
+	  $(CXX) -std=c++17 -g -O1 -Wall -Wextra -D_GLIBCXX_ASSERTIONS -fno-sanitize-recover=all -fsanitize=$$sanitizer -pthread -Icsrc \
+	    $(DRIVER_SOURCES) -o build/driver || exit 1; \
+	  for seed in $(SEEDS); do build/driver $$seed || exit 1; done; \
+	done
+
+clean:  ## remove what was built and what the demo wrote; .venv stays
+	rm -rf build dist *.egg-info demo-run .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -f attr_engine/_native*.so
+	find attr_engine kernels tests bench tools -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean  ## remove .venv too
+	rm -rf .venv
