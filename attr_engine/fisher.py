@@ -1,0 +1,120 @@
+"""Diagonal Fisher: ``F_j = mean over tracks i, draws d of (d L_d(z_i) / d theta_j)^2``.
+
+METHOD section 1. The square is taken per (track, draw), not after averaging.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from attr_engine.diffusion import DrawPlan, work_dtype
+from attr_engine.errors import UserError
+from attr_engine.latents.batch import Tracks, check_tracks
+from attr_engine.models.protocol import Denoiser, select_parameters
+from attr_engine.persample import per_sample_gradients
+from attr_engine.tensorfile import load_tensors, save_tensors
+
+_SECONDS_BETWEEN_CHECKPOINTS = 20.0
+
+
+@dataclass(frozen=True)
+class Fisher:
+    """A fitted diagonal Fisher.
+
+    Attributes:
+        values: parameter name to non-negative tensor in the parameter's shape (float32; float64
+            for a float64 model).
+        pairs: how many (track, draw) pairs were averaged.
+        unused: parameters that the prediction does not depend on; their Fisher is exactly 0.
+    """
+
+    values: Mapping[str, Tensor]
+    pairs: int
+    unused: Sequence[str] = ()
+
+    def mean(self) -> float:
+        """Mean over all parameters of the group: the unit of relative damping."""
+        total = sum(float(v.double().sum()) for v in self.values.values())
+        return total / sum(v.numel() for v in self.values.values())
+
+    def save(self, path: Path, key: str) -> None:
+        """Write to safetensors, under a key that :meth:`load` checks."""
+        save_tensors(path, self.values, {"key": key, "pairs": self.pairs, "unused": list(self.unused)})
+
+    @staticmethod
+    def load(path: Path, key: str | None = None) -> Fisher:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            UserError: missing or damaged file, or another key than the one asked for.
+        """
+        values, meta = load_tensors(path, key)
+        return Fisher(values, int(meta["pairs"]), tuple(meta["unused"]))
+
+
+def fit_fisher(
+    model: Denoiser,
+    tracks: Tracks,
+    layers: Sequence[str],
+    plan: DrawPlan,
+    draws: int,
+    masked: bool = False,
+    checkpoint: Path | None = None,
+    key: str = "",
+    progress: Callable[[int, int], None] | None = None,
+) -> Fisher:
+    """Fit the diagonal Fisher of a layer group.
+
+    Args:
+        model: theta_0.
+        tracks: the training tracks.
+        layers: layer groups or name patterns.
+        plan: draw plan; the purpose is ``fisher``.
+        draws: draws a track, a multiple of the plan's replicates.
+        masked: whether only valid frames count in the loss (False: as the model was trained).
+        checkpoint: where to keep the running sum, so that a killed run goes on bit for bit.
+        key: names model, data and settings; a checkpoint under another key is refused.
+        progress: called with (tracks done, tracks).
+
+    Returns:
+        The Fisher, accumulated in float32 (float64 for a float64 model), in track order.
+
+    Raises:
+        UserError: unusable tracks, layers or number of draws.
+    """
+    check_tracks(tracks, model.channels, model.frames, "training")
+    plan.check(draws, "the number of Fisher draws")
+    parameters = select_parameters(model, layers)
+    total = {name: torch.zeros_like(p, dtype=work_dtype(model)) for name, p in parameters.items()}
+    done, used = 0, set[str]()
+    if checkpoint is not None and checkpoint.exists():
+        total, meta = load_tensors(checkpoint, key)
+        total = {name: value.to(parameters[name].device) for name, value in total.items()}
+        done, used = int(meta["done"]), set(meta["used"])
+    saved = time.monotonic()
+    for i in range(done, len(tracks)):
+        batch = tracks.batch([i], model.frames)
+        for _, _, gradient in per_sample_gradients(model, parameters, batch, draws, plan, "fisher", masked):
+            for name, g in gradient.items():
+                if g is not None:
+                    total[name] += g.to(total[name].dtype).square()
+                    used.add(name)
+        if progress is not None:
+            progress(i + 1, len(tracks))
+        if checkpoint is not None and time.monotonic() - saved > _SECONDS_BETWEEN_CHECKPOINTS:
+            save_tensors(checkpoint, total, {"key": key, "done": i + 1, "used": sorted(used)})
+            saved = time.monotonic()
+    pairs = len(tracks) * draws
+    values = {name: (value / pairs).cpu() for name, value in total.items()}
+    for name, value in values.items():
+        if not torch.isfinite(value).all():
+            raise UserError(
+                f"the Fisher of {name} is not finite: the model or a latent holds NaN, or use --dtype float32"
+            )
+    return Fisher(values, pairs, tuple(name for name in parameters if name not in used))

@@ -1,0 +1,114 @@
+"""A set of tracks held in memory, from arrays."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from attr_engine.errors import UserError
+from attr_engine.latents.batch import Batch, pad
+
+
+class MemoryTracks:
+    """Tracks from arrays: for tests, notebooks and anything that fits in memory.
+
+    Args:
+        ids: unique, non-empty strings.
+        latents: one ``[C, n]`` array a track, its valid frames only.
+        conditioning: one mapping a track (default: empty mappings).
+        info: one mapping a track (default: empty mappings).
+        padding: ``[C]``, the latent of silence; default zeros.
+
+    Raises:
+        UserError: duplicate ids, differing channels, no frames, NaN or infinity, by item.
+    """
+
+    def __init__(
+        self,
+        ids: Sequence[str],
+        latents: Sequence[np.ndarray],
+        conditioning: Sequence[Mapping[str, Any]] | None = None,
+        info: Sequence[Mapping[str, Any]] | None = None,
+        padding: np.ndarray | None = None,
+    ) -> None:
+        self.ids = list(ids)
+        self.conditioning = [dict(c) for c in conditioning] if conditioning is not None else [{} for _ in ids]
+        self.info = [dict(i) for i in info] if info is not None else [{} for _ in ids]
+        if not len(self.ids) == len(latents) == len(self.conditioning) == len(self.info):
+            raise UserError("ids, latents, conditioning and info must have one entry a track")
+        check_ids(self.ids)
+        self._latents = [check_latent(np.asarray(x), name) for x, name in zip(latents, self.ids, strict=True)]
+        self.channels = self._latents[0].shape[1] if self._latents else 0
+        for x, name in zip(self._latents, self.ids, strict=True):
+            if x.shape[1] != self.channels:
+                raise UserError(f"track {name!r} has {x.shape[1]} channels, the first one {self.channels}")
+        self.lengths = np.array([len(x) for x in self._latents], dtype=np.int64)
+        self._padding = padding
+        self.fingerprint = self._digest()
+
+    def _digest(self) -> str:
+        digest = hashlib.sha256()
+        for name, x, c in zip(self.ids, self._latents, self.conditioning, strict=True):
+            digest.update(json.dumps([name, x.shape, str(x.dtype), c], sort_keys=True, default=str).encode())
+            digest.update(np.ascontiguousarray(x).tobytes())
+        if self._padding is not None:
+            digest.update(np.ascontiguousarray(self._padding).tobytes())
+        return digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def batch(self, indices: Sequence[int], frames: int) -> Batch:
+        """Tracks at ``indices``, padded to ``frames``; latents float64 if the arrays are, else float32."""
+        chosen = [self._latents[i] for i in indices]
+        dtype = torch.float64 if chosen[0].dtype == np.float64 else torch.float32
+        return Batch(
+            ids=[self.ids[i] for i in indices],
+            latents=pad(chosen, frames, self._padding, dtype),
+            valid=torch.as_tensor(self.lengths[list(indices)]),
+            conditioning=[self.conditioning[i] for i in indices],
+        )
+
+
+def check_ids(ids: Sequence[str]) -> None:
+    """Refuse empty and duplicate ids by name.
+
+    Raises:
+        UserError: an id is empty or stands twice.
+    """
+    seen: set[str] = set()
+    for name in ids:
+        if not name:
+            raise UserError("a track has an empty id: give every track an id of its own")
+        if name in seen:
+            raise UserError(f"the id {name!r} stands twice: ids must be unique, rename one of the two")
+        seen.add(name)
+
+
+def check_latent(latent: np.ndarray, name: str) -> np.ndarray:
+    """Check one ``[C, n]`` latent and return it frame-major, ``[n, C]``.
+
+    Args:
+        latent: float16, float32 or float64 ``[C, n]``.
+        name: how the message calls it.
+
+    Raises:
+        UserError: wrong rank or dtype, no frames, or a value that is not finite.
+    """
+    if latent.ndim != 2:
+        raise UserError(f"the latent of {name!r} has shape {list(latent.shape)}, expected [channels, frames]")
+    if latent.dtype not in (np.float16, np.float32, np.float64):
+        raise UserError(f"the latent of {name!r} is {latent.dtype}, expected float16, float32 or float64")
+    if latent.shape[1] == 0 or latent.shape[0] == 0:
+        raise UserError(f"the latent of {name!r} is empty (shape {list(latent.shape)}): leave the track out")
+    if not np.isfinite(latent).all():
+        frame = int(np.flatnonzero(~np.isfinite(latent).all(axis=0))[0])
+        raise UserError(
+            f"the latent of {name!r} holds NaN or infinity (first at frame {frame}): encode it again"
+        )
+    return latent.T

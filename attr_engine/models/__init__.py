@@ -1,0 +1,1 @@
+"""Denoisers: the protocol, and the adapter of stable-audio-tools."""

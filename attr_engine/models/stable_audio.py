@@ -1,0 +1,278 @@
+"""Adapter of stable-audio-tools' ``ConditionedDiffusionModelWrapper`` to the :class:`Denoiser` protocol."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attr_engine.errors import UserError
+from attr_engine.models import checkpoint
+
+LAYER_GROUPS: dict[str, tuple[str, ...]] = {
+    "cross_attn.to_kv": ("*.cross_attn.to_kv.*",),
+    "cross_attn": ("*.cross_attn.*",),
+    "self_attn": ("*.self_attn.*",),
+    "transformer": ("*transformer.layers.*",),
+}
+
+CONFIG_NAME, WEIGHTS_NAME = "model_config.json", "model.safetensors"
+_MAX_CACHED_ITEMS = 65536
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Swallow what stable-audio-tools prints (seeds, notes on optional packages)."""
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def create_model(config: Mapping[str, Any], source: str = "config") -> Any:
+    """Build a stable-audio-tools model from its configuration.
+
+    Raises:
+        UserError: the package is missing, or the configuration is not one that it can build.
+    """
+    try:
+        with quiet():
+            from stable_audio_tools.models.factory import create_model_from_config
+    except ImportError as error:
+        raise UserError(
+            f"stable-audio-tools cannot be imported ({error}): pip install 'attr-engine[stable-audio]' on Python 3.10 or 3.11"
+        ) from error
+    try:
+        with quiet():
+            return create_model_from_config(json.loads(json.dumps(config)))
+    except Exception as error:  # the factory asserts, raises KeyError, TypeError, ... for a wrong config
+        raise UserError(
+            f"{source} is not a model that stable-audio-tools can build ({type(error).__name__}: {error})"
+        ) from error
+
+
+def cast(module: nn.Module, dtype: torch.dtype) -> None:
+    """Cast parameters and buffers, but leave the rotary frequencies as they are.
+
+    stable-audio-tools computes rotary angles in float32 whatever the model's dtype; a cast
+    ``inv_freq`` would change positions in bfloat16 and fail in float64.
+    """
+    kept = {name: b.clone() for name, b in module.named_buffers() if name.endswith("inv_freq")}
+    module.to(dtype)
+    for name, value in kept.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, value)
+
+
+class StableAudioDenoiser:
+    """A stable-audio-tools model as the engine sees it (:class:`attr_engine.models.protocol.Denoiser`).
+
+    Args:
+        wrapper: ``ConditionedDiffusionModelWrapper``.
+        config: the configuration that built it (gives sample size and sample rate).
+        dtype: float32, bfloat16 or float64, of the denoiser only.
+        device: where it runs.
+
+    Raises:
+        UserError: no conditional diffusion model, or an unknown objective.
+    """
+
+    layer_groups: Mapping[str, Sequence[str]] = LAYER_GROUPS
+
+    def __init__(
+        self,
+        wrapper: Any,
+        config: Mapping[str, Any],
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+    ) -> None:
+        if config.get("model_type") != "diffusion_cond":
+            raise UserError(f"model_type is {config.get('model_type')!r}, expected 'diffusion_cond'")
+        if wrapper.diffusion_objective not in ("v", "rectified_flow"):
+            raise UserError(
+                f"objective {wrapper.diffusion_objective!r} is not supported; known: 'v', 'rectified_flow'"
+            )
+        self.wrapper, self.config = wrapper, dict(config)
+        self.fingerprint = checkpoint.fingerprint(wrapper, config)
+        wrapper.eval().requires_grad_(False)
+        cast(wrapper.model, dtype)
+        wrapper.to(device)
+        self.module: nn.Module = wrapper.model
+        self.module.requires_grad_(True)
+        self.device = torch.device(device)
+        self.objective: str = wrapper.diffusion_objective
+        self.channels = int(wrapper.io_channels)
+        self.sample_rate = int(config["sample_rate"])
+        ratio = 1 if wrapper.pretransform is None else int(wrapper.pretransform.downsampling_ratio)
+        self.samples_per_frame = ratio
+        self.frames = int(config["sample_size"]) // ratio
+        self._cache: dict[str, dict[str, Any]] = {}
+
+    # -- conditioning -----------------------------------------------------------------------
+
+    def _condition_one(self, item: Mapping[str, Any]) -> dict[str, Any]:
+        """Conditioning inputs of one row; run alone, so that they do not depend on the batch."""
+        if self.wrapper.conditioner is None:
+            return {}
+        keys = self.wrapper.conditioner.conditioners.keys()
+        defaults = self.wrapper.conditioner.default_keys
+        missing = [k for k in keys if k not in item and defaults.get(k) not in item]
+        if missing:
+            raise UserError(
+                f"a track has no value for the conditioning {missing[0]!r}: add it to the metadata and ingest again"
+            )
+        with torch.no_grad():
+            tensors = self.wrapper.conditioner([dict(item)], self.device)
+            return self.wrapper.get_conditioning_inputs(tensors)
+
+    def conditioning(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor | None]:
+        """Conditioning inputs of the denoiser for one mapping a row, each ``[B, ...]`` or None."""
+        rows = []
+        for item in items:
+            key = json.dumps(item, sort_keys=True, default=str)
+            if key not in self._cache:
+                if len(self._cache) >= _MAX_CACHED_ITEMS:
+                    self._cache.clear()
+                self._cache[key] = self._condition_one(item)
+            rows.append(self._cache[key])
+        return {
+            name: None if rows[0][name] is None else torch.cat([row[name] for row in rows])
+            for name in (rows[0] if rows else {})
+        }
+
+    def predict(self, x_t: Tensor, t: Tensor, conditioning: dict[str, Tensor | None]) -> Tensor:
+        """Predicted v or flow ``[B, C, F]``; no guidance, no dropout, no activation checkpointing."""
+        return self.module(
+            x_t, t, **conditioning, cfg_scale=1.0, cfg_dropout_prob=0.0, use_checkpointing=False
+        )
+
+    # -- audio ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode(self, audio: Tensor) -> Tensor:
+        """Latent mean ``[B, C, F']`` of audio ``[B, channels, samples]`` (samples a multiple of a frame).
+
+        Raises:
+            UserError: the model has no autoencoder, or one whose encoding is random.
+        """
+        return encode_mean(self.wrapper.pretransform, audio.to(self.device))
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Audio ``[B, channels, samples]`` of latents ``[B, C, F']``."""
+        if self.wrapper.pretransform is None:
+            raise UserError("the model has no autoencoder: latents cannot be decoded")
+        return self.wrapper.pretransform.decode(latents.to(self.device, torch.float32))
+
+    @property
+    def audio_channels(self) -> int:
+        """Channels of the audio that the autoencoder takes (1 or 2)."""
+        return int(self.wrapper.pretransform.io_channels)
+
+    @torch.no_grad()
+    def sample(
+        self, items: Sequence[Mapping[str, Any]], seed: int, steps: int = 50, guidance: float = 1.0
+    ) -> Tensor:
+        """Latents ``[B, C, F]`` from the model's own sampler (``wrapper.generate``)."""
+        state = torch.random.get_rng_state()
+        try:
+            with quiet(), contextlib.redirect_stderr(io.StringIO()):
+                return self.wrapper.generate(
+                    conditioning=[dict(i) for i in items],
+                    batch_size=len(items),
+                    steps=steps,
+                    cfg_scale=guidance,
+                    sample_size=self.frames * self.samples_per_frame,
+                    sample_rate=self.sample_rate,
+                    seed=seed,
+                    device=str(self.device),
+                    return_latents=True,
+                    **(
+                        {"sampler_type": "dpmpp-2m-sde", "sigma_min": 0.3, "sigma_max": 50.0}
+                        if self.objective == "v"
+                        else {}
+                    ),
+                ).float()
+        finally:
+            torch.random.set_rng_state(state)
+
+
+def encode_mean(pretransform: Any, audio: Tensor) -> Tensor:
+    """Mean of the encoder's distribution, divided by the pretransform's scale as in training.
+
+    Raises:
+        UserError: there is no pretransform, or its encoding is random and no mean is known.
+    """
+    if pretransform is None:
+        raise UserError("the model has no autoencoder: ingest pre-encoded latents instead of audio")
+    autoencoder = getattr(pretransform, "model", None)
+    bottleneck = getattr(autoencoder, "bottleneck", None)
+    if type(bottleneck).__name__ == "VAEBottleneck":
+        assert autoencoder is not None
+        both = autoencoder.encode(audio, skip_bottleneck=True)
+        return both.chunk(2, dim=1)[0] / pretransform.scale
+    first = pretransform.encode(audio)
+    if bottleneck is not None and not torch.equal(first, pretransform.encode(audio)):
+        raise UserError(
+            f"the autoencoder's {type(bottleneck).__name__} encodes at random and its mean is not known"
+        )
+    return first
+
+
+def load_model(
+    config: str | Path,
+    weights: str | Path | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    ema: bool = True,
+) -> StableAudioDenoiser:
+    """Load a stable-audio-tools model.
+
+    Args:
+        config: the model's JSON, or a folder with ``model_config.json`` and ``model.safetensors``.
+        weights: ``.safetensors`` or ``.ckpt`` (read with ``weights_only=True``; Lightning prefixes
+            are stripped); not needed for a folder.
+        dtype: ``"float32"``, ``"bfloat16"`` or ``"float64"``.
+        device: a torch device.
+        ema: use the averaged weights of a training checkpoint where it has them.
+
+    Raises:
+        UserError: a file is missing, damaged, or does not fit.
+    """
+    if dtype not in ("float32", "bfloat16", "float64"):
+        raise UserError(f"unknown dtype {dtype!r}; known: float32, bfloat16, float64")
+    path = Path(config)
+    if path.is_dir():
+        path, weights = path / CONFIG_NAME, weights or path / WEIGHTS_NAME
+    settings = checkpoint.read_json(path, "model config")
+    if weights is None:
+        raise UserError(
+            f"no weights were named for the model config {path}: give a .safetensors or .ckpt file"
+        )
+    state = checkpoint.unwrap(checkpoint.read_weights(Path(weights)), ema)
+    wrapper = create_model(settings, f"model config {path}")
+    checkpoint.load_into(wrapper, state, Path(weights), optional="pretransform.")
+    logging.getLogger(__name__).debug("loaded %s with %s", path, weights)
+    return StableAudioDenoiser(wrapper, settings, getattr(torch, dtype), device)
+
+
+def save_model(wrapper: nn.Module, config: Mapping[str, Any], out: Path) -> None:
+    """Write a model folder that :func:`load_model` reads; the configuration comes last."""
+    from safetensors.torch import save_file
+
+    out.mkdir(parents=True, exist_ok=True)
+    part = out / (WEIGHTS_NAME + ".part")
+    save_file(
+        {name: value.detach().contiguous().clone() for name, value in wrapper.state_dict().items()}, part
+    )
+    part.replace(out / WEIGHTS_NAME)
+    part = out / (CONFIG_NAME + ".part")
+    part.write_text(json.dumps(config, indent=2), encoding="utf-8")
+    part.replace(out / CONFIG_NAME)

@@ -1,0 +1,126 @@
+"""A run directory: what was asked, in which environment, what is done, and that nobody else writes there."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from attr_engine.errors import UserError
+from attr_engine.settings import Settings, differences, read_settings, to_json
+
+CONFIG, ENVIRONMENT, TIMINGS = "config.json", "environment.json", "timings.json"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file under its name only once it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON under its name only once it is whole."""
+    write_text(path, json.dumps(value, indent=2, default=str) + "\n")
+
+
+def key_of(*parts: Any) -> str:
+    """A short hash of anything JSON can hold: names a stage's inputs and settings."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+def environment() -> dict[str, Any]:
+    """Versions, host and threads that a run depends on."""
+    from importlib import metadata
+
+    import torch
+
+    versions = {}
+    for name in ("attr-engine", "torch", "numpy", "safetensors", "pyarrow", "stable-audio-tools", "triton"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": platform.processor() or platform.machine(),
+        "gpu": gpu,
+        "threads": torch.get_num_threads(),
+    }
+
+
+class Run:
+    """An open run directory.
+
+    Attributes:
+        path: the directory.
+        settings: what this run computes.
+    """
+
+    def __init__(self, path: Path, settings: Settings) -> None:
+        self.path, self.settings = path, settings
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage; seconds of resumed stages add up in ``timings.json``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            timings = self.timings()
+            timings[name] = timings.get(name, 0.0) + time.perf_counter() - start
+            write_json(self.path / TIMINGS, timings)
+
+    def timings(self) -> dict[str, float]:
+        """Stage name to seconds, over all sittings."""
+        path = self.path / TIMINGS
+        return json.loads(path.read_text()) if path.exists() else {}
+
+
+@contextlib.contextmanager
+def open_run(path: str | Path, settings: Settings) -> Iterator[Run]:
+    """Open a run directory, new or to be continued, for this process alone.
+
+    Raises:
+        UserError: it holds a run with other settings (each is named), or another process works there,
+            or it cannot be written.
+    """
+    root = Path(path)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(
+            f"the run directory {root} cannot be written ({error.strerror}): choose another --out"
+        ) from error
+    try:
+        _take(lock, root)
+        config = root / CONFIG
+        if config.exists():
+            changed = differences(read_settings(config), settings)
+            if changed:
+                raise UserError(
+                    f"{root} holds a run with other settings ({'; '.join(changed)}): use the same, or another --out"
+                )
+        write_json(config, to_json(settings))
+        write_json(root / ENVIRONMENT, environment())
+        yield Run(root, settings)
+    finally:
+        os.close(lock)
+
+
+def _take(lock: int, root: Path) -> None:
+    import fcntl
+
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise UserError(f"another process works in {root}: wait for it, or use another --out") from error

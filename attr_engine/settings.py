@@ -1,0 +1,142 @@
+"""One run's settings: the command line, the config file and the library share this dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from attr_engine.errors import UserError
+
+
+def _option(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
+    metadata = {"help": text, "choices": choices}
+    if isinstance(default, list | tuple):
+        return field(default=tuple(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides the result of an attribution run."""
+
+    model: str = _option(
+        "", "model folder (model_config.json and model.safetensors), or the model's JSON config"
+    )
+    weights: str = _option("", "checkpoint (.safetensors or .ckpt) where --model is a JSON config")
+    data: str = _option("", "training tracks: a folder made by attr-engine ingest")
+    queries: str = _option("", "queries: a folder made by attr-engine ingest, or audio (a file or a folder)")
+    self_influence: tuple[str, ...] = _option((), "ids of training tracks that are unlearned as queries too")
+    layers: tuple[str, ...] = _option(
+        ("transformer",),
+        "layer groups (cross_attn.to_kv, cross_attn, self_attn, transformer, all) or name patterns",
+    )
+    functions: tuple[str, ...] = _option(
+        ("displacement", "loss_change", "skew"), "score functions; the first one leads the report"
+    )
+    strengths: tuple[float, ...] = _option((1e-2,), "strengths of the update; the first one leads the report")
+    unit: str = _option(
+        "size",
+        "what a strength is: norm of the update relative to the weights, or the paper's learning rate",
+        ("size", "lr"),
+    )
+    steps: int = _option(1, "unlearning steps")
+    damping: float = _option(0.1, "added to the Fisher, relative to its mean")
+    mask_update: bool = _option(True, "M_U: only valid frames of the query are unlearned")
+    mask_score: bool = _option(False, "M_L: only valid frames of the tracks are scored")
+    mask_fisher: bool = _option(False, "only valid frames count in the Fisher")
+    fisher_draws: int = _option(4, "draws a track for the Fisher")
+    update_draws: int = _option(64, "draws a step for the update")
+    score_draws: int = _option(8, "draws a track for the scores")
+    replicates: int = _option(
+        4, "independently shifted replicates of the timestep sequence; draws are multiples of it"
+    )
+    plan: str = _option("track", "draws of its own for every track, or the same for all", ("track", "shared"))
+    seed: int = _option(0, "seed of all draws")
+    dtype: str = _option("float32", "dtype of the denoiser", ("float32", "bfloat16", "float64"))
+    device: str = _option("cpu", "torch device, e.g. cpu or cuda")
+    rows: int = _option(16, "(track, draw) pairs a pass through the model")
+    unit_tracks: int = _option(16, "tracks in one durable unit of scoring")
+    threads: int = _option(
+        0, "CPU threads (0: torch's default); results are repeatable for one number of threads"
+    )
+    ema: bool = _option(True, "use the averaged weights of a training checkpoint where it has them")
+    keep_updates: bool = _option(False, "keep the updates in the run directory after scoring")
+    top: int = _option(10, "tracks a ranking shows in the report")
+    shares: str = _option(
+        "excess-over-median",
+        "transform that turns scores into shares",
+        ("excess-over-median", "softmax", "min-max"),
+    )
+    title: str = _option("", "title of the report")
+
+
+# These change what a report shows or how memory is used, not what is computed.
+_PRESENTATION = ("top", "shares", "title", "keep_updates")
+
+
+def to_json(settings: Settings) -> dict[str, Any]:
+    """Settings as JSON values, tuples as lists."""
+    return json.loads(json.dumps(dataclasses.asdict(settings)))
+
+
+def _convert(name: str, value: Any, kind: Any) -> Any:
+    """Check a JSON value against a field's type."""
+    origin = typing.get_origin(kind)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise UserError(f"setting {name!r} is {value!r}, expected a list")
+        return tuple(_convert(name, v, typing.get_args(kind)[0]) for v in value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise UserError(f"setting {name!r} is {value!r}, expected {kind.__name__}")
+    return value
+
+
+def field_types() -> dict[str, Any]:
+    """Field name to resolved type."""
+    return typing.get_type_hints(Settings)
+
+
+def from_json(values: Mapping[str, Any], source: str) -> Settings:
+    """Settings from JSON values.
+
+    Args:
+        values: any subset of the fields.
+        source: named in messages.
+
+    Raises:
+        UserError: unknown name or wrong type.
+    """
+    kinds = field_types()
+    for name in values:
+        if name not in kinds:
+            raise UserError(f"{source} has an unknown setting {name!r}; known: {', '.join(kinds)}")
+    settings = Settings(**{name: _convert(name, value, kinds[name]) for name, value in values.items()})
+    for spec in dataclasses.fields(Settings):
+        choices, value = spec.metadata["choices"], getattr(settings, spec.name)
+        if choices and value not in choices:
+            raise UserError(f"setting {spec.name!r} is {value!r}; known: {', '.join(choices)}")
+    return settings
+
+
+def read_settings(path: Path) -> Settings:
+    """Settings from a JSON file, such as the ``config.json`` of a run."""
+    from attr_engine.models.checkpoint import read_json
+
+    return from_json(read_json(path, "config file"), f"config file {path}")
+
+
+def differences(old: Settings, new: Settings) -> list[str]:
+    """Settings that decide the result and differ, as ``name: old -> new``."""
+    out = []
+    for spec in dataclasses.fields(Settings):
+        a, b = getattr(old, spec.name), getattr(new, spec.name)
+        if a != b and spec.name not in _PRESENTATION:
+            out.append(f"{spec.name}: {a!r} -> {b!r}")
+    return out

@@ -1,0 +1,197 @@
+"""Unlearning a query: ``theta_{k+1} = theta_k + lr / N (F + damping)^-1 grad L(z_q; theta_k)``.
+
+METHOD section 1. F is fixed at theta_0; every step has fresh draws; the loss of the query rises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from attr_engine import kernels
+from attr_engine.diffusion import DrawPlan, noised_rows, work_dtype
+from attr_engine.errors import UserError
+from attr_engine.fisher import Fisher
+from attr_engine.latents.batch import Batch, Tracks, check_tracks
+from attr_engine.models.protocol import Denoiser
+from attr_engine.persample import summed_gradient
+from attr_engine.tensorfile import load_tensors, save_tensors
+
+
+@dataclass(frozen=True)
+class Update:
+    """``theta_unlearned - theta_0`` of one query at one strength.
+
+    Attributes:
+        query: id of the query.
+        strength: as asked for, in its unit.
+        unit: ``"size"`` (norm of the update relative to the norm of the parameters) or ``"lr"``.
+        delta: parameter name to tensor (float32; float64 for a float64 model).
+        lr: the learning rate of the paper's formula that this strength meant, of the first step.
+        size: norm of the update relative to the norm of the parameters.
+    """
+
+    query: str
+    strength: float
+    unit: str
+    delta: Mapping[str, Tensor]
+    lr: float
+    size: float
+
+    def save(self, path: Path, key: str) -> None:
+        """Write to safetensors, under a key that :meth:`load` checks."""
+        meta = {
+            "key": key,
+            "query": self.query,
+            "strength": self.strength,
+            "unit": self.unit,
+            "lr": self.lr,
+            "size": self.size,
+        }
+        save_tensors(path, self.delta, meta)
+
+    @staticmethod
+    def load(path: Path, key: str | None = None) -> Update:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            UserError: missing or damaged file, or another key than the one asked for.
+        """
+        delta, meta = load_tensors(path, key)
+        return Update(meta["query"], meta["strength"], meta["unit"], delta, meta["lr"], meta["size"])
+
+
+@contextlib.contextmanager
+def applied(model: Denoiser, delta: Mapping[str, Tensor]) -> Iterator[None]:
+    """Run the model at ``theta_0 + delta``; afterwards its parameters are theta_0, bit for bit."""
+    parameters = dict(model.module.named_parameters())
+    kept = {name: parameters[name].detach().clone() for name in delta}
+    try:
+        with torch.no_grad():
+            for name, value in delta.items():
+                parameters[name].copy_(kept[name].to(value.dtype) + value.to(kept[name].device))
+        yield
+    finally:
+        with torch.no_grad():
+            for name, value in kept.items():
+                parameters[name].copy_(value)
+
+
+def query_gradient(
+    model: Denoiser,
+    parameters: Mapping[str, nn.Parameter],
+    batch: Batch,
+    draws: range,
+    plan: DrawPlan,
+    masked: bool,
+    rows: int,
+) -> dict[str, Tensor]:
+    """Gradient of the query's loss, averaged over draws, in the work dtype."""
+    mean = {name: torch.zeros_like(p, dtype=work_dtype(model)) for name, p in parameters.items()}
+    for first in range(draws.start, draws.stop, rows):
+        pairs = [(0, draw) for draw in range(first, min(first + rows, draws.stop))]
+        gradient = summed_gradient(
+            model, parameters, noised_rows(model, batch, pairs, plan, "update", masked)
+        )
+        for name, g in gradient.items():
+            if g is not None:
+                mean[name] += g.to(mean[name].dtype) / len(draws)
+    return mean
+
+
+def _norm(tensors: Mapping[str, Tensor]) -> float:
+    return float(
+        torch.sqrt(sum((t.detach().double().square().sum() for t in tensors.values()), torch.zeros(())))
+    )
+
+
+def _absolute_damping(fisher: Fisher, damping: float) -> float:
+    if damping < 0:
+        raise UserError(f"damping is {damping}: it cannot be negative")
+    absolute = damping * fisher.mean()
+    if absolute == 0.0:
+        zero = [name for name, value in fisher.values.items() if not bool((value > 0).all())]
+        if zero:
+            raise UserError(
+                f"without damping the update divides by the zero Fisher of {zero[0]}: set --damping above 0"
+            )
+    return absolute
+
+
+def unlearn_query(
+    model: Denoiser,
+    queries: Tracks,
+    index: int,
+    fisher: Fisher,
+    plan: DrawPlan,
+    training_tracks: int,
+    strength: float = 1e-2,
+    unit: str = "size",
+    steps: int = 1,
+    draws: int = 64,
+    damping: float = 0.1,
+    masked: bool = True,
+    rows: int = 16,
+    first_gradient: Mapping[str, Tensor] | None = None,
+) -> Update:
+    """Unlearn one query from theta_0.
+
+    Args:
+        model: theta_0; unchanged on return.
+        queries: the set that holds the query.
+        index: its index there.
+        fisher: the diagonal Fisher of the layer group that is updated.
+        plan: draw plan; the purpose is ``update``, step k uses draws ``k * draws`` and on.
+        training_tracks: N of the formula.
+        strength: with ``unit="lr"`` the paper's learning rate; with ``unit="size"`` the norm of the
+            whole update relative to the norm of the parameters (each step has ``1/steps`` of it).
+        unit: ``"size"`` or ``"lr"``.
+        steps: how many updates, each with a gradient of its own.
+        draws: draws a step, a multiple of the plan's replicates.
+        damping: relative to the mean of the Fisher over all parameters of the group.
+        masked: M_U, whether only valid frames of the query count.
+        rows: draws a backward pass (memory; not part of the result's definition).
+        first_gradient: what :func:`query_gradient` gives at theta_0, where it is known already: it is
+            the same for every strength.
+
+    Raises:
+        UserError: an unusable query or setting, or a gradient that is zero or not finite.
+    """
+    check_tracks(queries, model.channels, model.frames, "query")
+    plan.check(draws, "the number of update draws")
+    if unit not in ("size", "lr") or strength <= 0 or steps < 1:
+        raise UserError(
+            f"strength {strength} in unit {unit!r} with {steps} steps: use a positive strength, 'size' or 'lr', at least 1 step"
+        )
+    parameters = {n: p for n, p in model.module.named_parameters() if n in fisher.values}
+    values = {n: fisher.values[n].to(device=p.device, dtype=work_dtype(model)) for n, p in parameters.items()}
+    absolute, weight_norm = _absolute_damping(fisher, damping), _norm(parameters)
+    batch, name = queries.batch([index], model.frames), queries.ids[index]
+    delta = {n: torch.zeros_like(v) for n, v in values.items()}
+    first_lr = 0.0
+    for k in range(steps):
+        if k == 0 and first_gradient is not None:
+            gradient: Mapping[str, Tensor] = first_gradient
+        else:
+            with applied(model, delta):
+                fresh = range(k * draws, (k + 1) * draws)
+                gradient = query_gradient(model, parameters, batch, fresh, plan, masked, rows)
+        direction = {n: kernels.precondition(g, values[n], absolute) for n, g in gradient.items()}
+        length = _norm(direction)
+        if not 0.0 < length < float("inf"):
+            raise UserError(
+                f"the gradient of query {name!r} has norm {length}: the layers {list(values)[:1]}... do not see it, or it holds NaN"
+            )
+        lr = strength if unit == "lr" else strength / steps * weight_norm * training_tracks / length
+        first_lr = first_lr or lr
+        for n in delta:
+            delta[n] += (lr / training_tracks) * direction[n]
+    return Update(name, strength, unit, delta, first_lr, _norm(delta) / weight_norm)
+
+
+unlearn = unlearn_query
