@@ -1,0 +1,175 @@
+"""The command line: it parses, calls and prints."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from attr_engine import cli_options
+from attr_engine.errors import UserError
+
+
+def _ingest(args: argparse.Namespace) -> None:
+    from attr_engine import progress
+    from attr_engine.latents import ingest
+    from attr_engine.models.autoencoder import load_autoencoder
+
+    source, out = Path(args.source), Path(args.out)
+    kind = ingest.guess_kind(source) if args.kind == "auto" else args.kind
+    metadata = Path(args.metadata) if args.metadata else None
+    if kind == "audio":
+        if not args.autoencoder:
+            raise UserError(
+                "audio needs an autoencoder: give --autoencoder, a model folder or an autoencoder folder"
+            )
+        encoder = load_autoencoder(args.autoencoder, args.weights or None)
+        frames = int(args.seconds * encoder.sample_rate) // encoder.samples_per_frame
+        if frames < 1:
+            raise UserError(f"--seconds {args.seconds} is less than one latent frame: use a longer window")
+        report = ingest.ingest_audio(
+            source, out, encoder, frames, metadata, args.condition, args.long, args.hop or None, args.store_dtype,
+            progress=progress.bar("encoding", "file"),
+        )  # fmt: skip
+    elif kind == "pre-encoded":
+        report = ingest.ingest_pre_encoded(
+            source, out, args.condition, args.scale, progress.bar("reading", "file")
+        )
+    else:
+        report = ingest.ingest_arrays(source, out, metadata, args.condition, progress.bar("reading", "array"))
+    for note in report.notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(f"{report.tracks} tracks written to {out}")
+
+
+def _train(args: argparse.Namespace) -> None:
+    from attr_engine import progress, train
+    from attr_engine.latents import LatentDataset
+    from attr_engine.latents.audio import find_audio, read_audio
+    from attr_engine.models.autoencoder import BLOCK_NAME, load_autoencoder
+    from attr_engine.models.stable_audio import CONFIG_NAME
+
+    out = Path(args.out)
+    if (out / (BLOCK_NAME if args.what == "autoencoder" else CONFIG_NAME)).exists():
+        raise UserError(f"{out} already holds a trained model: use it, or choose another --out")
+    if args.what == "autoencoder":
+        files = find_audio(Path(args.source))
+        show = progress.bar("reading", "file")
+        clips = []
+        for n, path in enumerate(files):
+            clips.append(read_audio(path, args.sample_rate, 1))
+            show(n + 1, len(files))
+        block = train.autoencoder_config(args.sample_rate, 1, args.width, args.latent)
+        loss = train.train_autoencoder(
+            block,
+            args.sample_rate,
+            clips,
+            out,
+            args.steps,
+            args.batch,
+            args.lr,
+            args.seed,
+            progress.bar("training", "step"),
+        )
+    else:
+        tracks = LatentDataset(args.source)
+        autoencoder = load_autoencoder(args.autoencoder) if args.autoencoder else None
+        if args.config:
+            config = train.read_config(Path(args.config))
+        elif autoencoder is not None:
+            patch = args.patch
+            frames = args.frames or -(-int(tracks.lengths.max()) // patch) * patch
+            values = train.conditioning_values(tracks, args.condition, tracks.conditioning)
+            config = train.diffusion_config(
+                autoencoder, frames, values, args.width, args.depth, patch, args.objective
+            )
+        else:
+            raise UserError("a diffusion model needs --autoencoder (a config is made for it) or --config")
+        loss = train.train_diffusion(
+            config,
+            tracks,
+            out,
+            args.steps,
+            autoencoder,
+            args.batch,
+            args.lr,
+            args.seed,
+            progress.bar("training", "step"),
+        )
+    print(f"written to {out}; mean loss of the last tenth of {args.steps} steps: {loss:.4f}")
+
+
+def _run(args: argparse.Namespace) -> None:
+    """``fisher``, ``unlearn``, ``score``, ``attribute`` and ``report``: how far to go in a run directory."""
+    from attr_engine import pipeline
+    from attr_engine.jobs import load_job
+    from attr_engine.report.build import build_report
+    from attr_engine.runs import open_run
+
+    settings, out = cli_options.settings_of(args), Path(args.out)
+    with open_run(out, settings) as run:
+        job = load_job(run)
+        pipeline.check(job)
+        fisher = pipeline.fisher_stage(job)
+        if args.command == "fisher":
+            print(
+                f"Fisher of {fisher.pairs} (track, draw) pairs, mean {fisher.mean():.4g}: {out / pipeline.FISHER}"
+            )
+            if fisher.unused:
+                print(
+                    f"note: the prediction does not use {', '.join(fisher.unused)}; their Fisher is exactly 0"
+                )
+            return
+        if args.command == "unlearn":
+            pipeline.update_stage(job, fisher)
+            print(f"{len(job.queries) * len(settings.strengths)} updates in {out / 'updates'}")
+            return
+        result = pipeline.run_job(job)
+        cli_options.print_top(job, result)
+        print(f"scores: {out / pipeline.SCORES_PARQUET} and .csv")
+        if args.command in ("attribute", "report"):
+            print(f"report: {build_report(job, result)}")
+            pipeline.drop_updates(job)
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from attr_engine.demo.run import run_demo
+
+    run_demo(Path(args.out), full=args.full)
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    from attr_engine.doctor import examine
+
+    del args
+    print(examine())
+
+
+_COMMANDS: dict[str, Any] = {
+    "ingest": _ingest, "train": _train, "fisher": _run, "unlearn": _run, "score": _run, "attribute": _run,
+    "report": _run, "demo": _demo, "doctor": _doctor,
+}  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``attr-engine``.
+
+    Returns:
+        0; 2 for what the user can put right (one sentence on standard error); 130 when interrupted.
+    """
+    args = cli_options.parser().parse_args(argv)
+    try:
+        _COMMANDS[args.command](args)
+    except UserError as error:
+        print(f"attr-engine: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("attr-engine: interrupted; the same command carries on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

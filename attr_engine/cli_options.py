@@ -1,0 +1,253 @@
+"""Flags of the command line; those of a run come from :class:`attr_engine.settings.Settings`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import typing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attr_engine.settings import Settings, field_types, from_json, read_settings, to_json
+
+if TYPE_CHECKING:
+    from attr_engine.pipeline import Job
+    from attr_engine.result import Attribution
+
+_RUN_TEXTS = {
+    "fisher": "fit the diagonal Fisher of a model and its training tracks",
+    "unlearn": "unlearn every query (fits the Fisher first)",
+    "score": "score every training track for every query (all stages, no report)",
+    "attribute": "all of it: Fisher, unlearning, scores, report",
+    "report": "write the report of a run again, e.g. with another --top or --shares",
+}
+_RUN_EXAMPLES = """examples:
+  attr-engine {0} --model model --data latents --queries pieces/ --out run
+  attr-engine {0} --model config.json --weights model.ckpt --data latents --self-influence song-17 --out run
+  attr-engine {0} --config run/config.json --out run-again        # replays a run
+  attr-engine {0} --out run                                       # carries on where it was stopped
+"""
+
+
+def _bool(text: str) -> bool:
+    if text.lower() in ("1", "true", "yes", "on"):
+        return True
+    if text.lower() in ("0", "false", "no", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither on nor off")
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    defaults, kinds = Settings(), field_types()
+    group = parser.add_argument_group("settings (all of them can stand in --config)")
+    for spec in dataclasses.fields(Settings):
+        kind, options = kinds[spec.name], {}
+        default = getattr(defaults, spec.name)
+        shown = (
+            " ".join(map(str, default))
+            if isinstance(default, tuple)
+            else {True: "on", False: "off"}.get(default, default)
+        )
+        text = spec.metadata["help"] + (f" (default: {shown})" if shown != "" else "")
+        if typing.get_origin(kind) is tuple:
+            options = {"nargs": "+", "type": typing.get_args(kind)[0], "metavar": "X"}
+        elif kind is bool:
+            options = {"type": _bool, "metavar": "on|off"}
+        else:
+            options = {"type": kind, "metavar": kind.__name__.upper()}
+        if spec.metadata["choices"]:
+            options.pop("metavar")
+            options["choices"] = spec.metadata["choices"]
+        group.add_argument(
+            f"--{spec.name.replace('_', '-')}",
+            default=argparse.SUPPRESS,
+            help=text.replace("%", "%%"),
+            **options,
+        )
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """Settings of a call: the config file (or the run's own), then the flags."""
+    names = {spec.name for spec in dataclasses.fields(Settings)}
+    flags = {name: value for name, value in vars(args).items() if name in names}
+    base: dict[str, Any] = {}
+    if args.config:
+        base = to_json(read_settings(Path(args.config)))
+    elif (Path(args.out) / "config.json").exists():
+        base = to_json(read_settings(Path(args.out) / "config.json"))
+    return from_json({**base, **flags}, "the command line")
+
+
+def _add_ingest(commands: Any) -> None:
+    p = _command(commands, "ingest", "turn audio, pre-encoded latents or arrays into a data set", """examples:
+  attr-engine ingest music/ --autoencoder model --seconds 24 --out latents
+  attr-engine ingest music/ --autoencoder model --metadata tracks.csv --condition artist --out latents
+  attr-engine ingest pre_encoded/ --scale 1.7 --condition prompt --out latents
+""")  # fmt: skip
+    p.add_argument(
+        "source",
+        help="folder or file of audio, a stable-audio-tools pre-encoded folder, a folder of .npy, or one .npz",
+    )
+    p.add_argument("--out", required=True, help="folder of the data set")
+    p.add_argument(
+        "--kind",
+        choices=("auto", "audio", "pre-encoded", "arrays"),
+        default="auto",
+        help="what the source is (default: by what lies there)",
+    )
+    p.add_argument(
+        "--autoencoder",
+        default="",
+        help="model folder, model config (with --weights) or autoencoder folder; encodes audio",
+    )
+    p.add_argument("--weights", default="", help="checkpoint where --autoencoder is a model config")
+    p.add_argument(
+        "--seconds",
+        type=float,
+        default=24.0,
+        help="longest track; longer recordings are cut into windows (default: 24)",
+    )
+    p.add_argument(
+        "--long",
+        choices=("window", "error"),
+        default="window",
+        help="what to do with longer recordings (default: window)",
+    )
+    p.add_argument(
+        "--hop",
+        type=float,
+        default=0.0,
+        help="seconds from window to window (default: --seconds, no overlap)",
+    )
+    p.add_argument(
+        "--metadata",
+        default="",
+        help="CSV or JSON with a 'path' for each file; title, artist, licence and id are used",
+    )
+    p.add_argument(
+        "--condition", nargs="+", default=[], metavar="NAME", help="metadata that the model is conditioned on"
+    )
+    p.add_argument(
+        "--scale",
+        type=float,
+        default=1.0,
+        help="the pretransform's scale, for pre-encoded latents (default: 1)",
+    )
+    p.add_argument(
+        "--store-dtype",
+        choices=("float32", "float16"),
+        default="float32",
+        help="dtype on disk (default: float32)",
+    )
+
+
+def _add_train(commands: Any) -> None:
+    p = _command(commands, "train", "train a small autoencoder or diffusion model (for the demo, for retraining)", """examples:
+  attr-engine train autoencoder music/ --steps 2000 --width 64 --out autoencoder
+  attr-engine train diffusion latents --autoencoder autoencoder --condition seconds_total --out model
+""")  # fmt: skip
+    p.add_argument("what", choices=("autoencoder", "diffusion"))
+    p.add_argument("source", help="folder of audio (autoencoder) or data set (diffusion)")
+    p.add_argument("--out", required=True, help="folder of the model; a stopped training carries on there")
+    p.add_argument("--steps", type=int, default=2000, help="optimiser steps (default: 2000)")
+    p.add_argument("--batch", type=int, default=16, help="items a step (default: 16)")
+    p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default: 1e-3)")
+    p.add_argument("--seed", type=int, default=0, help="seed (default: 0)")
+    p.add_argument(
+        "--width",
+        type=int,
+        default=128,
+        help="channels (autoencoder) or embedding width (diffusion; default: 128)",
+    )
+    p.add_argument("--depth", type=int, default=4, help="transformer layers (default: 4)")
+    p.add_argument("--patch", type=int, default=8, help="latent frames a token (default: 8)")
+    p.add_argument(
+        "--frames",
+        type=int,
+        default=0,
+        help="padded length of the model in frames (default: the longest track)",
+    )
+    p.add_argument("--latent", type=int, default=32, help="channels of the latent (autoencoder; default: 32)")
+    p.add_argument("--sample-rate", type=int, default=16000, help="Hz (autoencoder; default: 16000)")
+    p.add_argument(
+        "--objective", choices=("v", "rectified_flow"), default="v", help="diffusion objective (default: v)"
+    )
+    p.add_argument("--autoencoder", default="", help="its latents are the data; goes into the model folder")
+    p.add_argument(
+        "--config",
+        default="",
+        help="a stable-audio-tools model config instead of one made from --width, --depth, ...",
+    )
+    p.add_argument(
+        "--condition",
+        nargs="+",
+        default=["seconds_total"],
+        metavar="NAME",
+        help="conditioning of the model (default: seconds_total)",
+    )
+
+
+def _command(commands: Any, name: str, text: str, examples: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=text,
+        description=text,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = argparse.ArgumentParser(
+        prog="attr-engine",
+        description="Which training tracks made this generated piece of music, how sure are we, and what did it cost to find out?",
+        epilog="examples:\n  attr-engine demo --out demo-run        # no network, no files needed\n  attr-engine attribute --help\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="command")
+    _add_ingest(commands)
+    _add_train(commands)
+    for name, text in _RUN_TEXTS.items():
+        p = _command(commands, name, text, _RUN_EXAMPLES.format(name))
+        p.add_argument("--out", required=True, help="run directory; the same command carries on there")
+        p.add_argument(
+            "--config", default="", help="JSON of settings, e.g. the config.json of a run; flags override it"
+        )
+        _add_settings(p)
+    p = _command(
+        commands,
+        "demo",
+        "compose a corpus, train a model on it, attribute, report",
+        "examples:\n  attr-engine demo --out demo-run\n",
+    )
+    p.add_argument("--out", default="demo-run", help="folder for everything it makes (default: demo-run)")
+    p.add_argument(
+        "--full",
+        action="store_true",
+        help="40 self-influence targets and all strengths (under 45 minutes on two cores)",
+    )
+    _command(
+        commands,
+        "doctor",
+        "what is installed, what is missing and what that costs",
+        "examples:\n  attr-engine doctor\n",
+    )
+    return top
+
+
+def print_top(job: Job, result: Attribution, k: int = 3) -> None:
+    """Print the top tracks of every query by the leading function and strength, with relation hits."""
+    from attr_engine.report.tables import relatives
+
+    s = job.run.settings
+    print(
+        f"top {k} of {len(job.tracks)} tracks by {s.functions[0]} at {s.unit} {s.strengths[0]:g} (score, standard error, known relation)"
+    )
+    for query in job.queries:
+        hits = relatives(job, query)
+        print(f"{query.id} ({query.kind})")
+        for row in result.top(k, query.id, s.functions[0], s.strengths[0]):
+            hit = f"  [{hits[row.track]}]" if row.track in hits else ""
+            print(f"  {row.rank:2d}. {row.track}  {row.score:.4g} +- {row.standard_error:.2g}{hit}")

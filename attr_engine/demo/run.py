@@ -1,0 +1,205 @@
+"""The demo: compose a corpus, encode it, train a model on it, attribute, report. No network, no other files."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from attr_engine import pipeline, progress, train
+from attr_engine.cli_options import print_top
+from attr_engine.demo.corpus import write_corpus
+from attr_engine.jobs import load_job
+from attr_engine.latents import LatentDataset, LatentWriter
+from attr_engine.latents.ingest import ingest_audio
+from attr_engine.latents.store import MANIFEST
+from attr_engine.models.autoencoder import Autoencoder, load_autoencoder
+from attr_engine.models.stable_audio import CONFIG_NAME, load_model
+from attr_engine.report.build import TABLES, build_report
+from attr_engine.runs import open_run
+from attr_engine.settings import Settings
+
+SAMPLE_RATE, FRAMES = 16000, 376
+CONDITION = ("lead", "style", "tempo")
+_GUIDANCE, _SAMPLER_STEPS = 3.0, 60
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much the demo does."""
+
+    tracks: int = 256
+    steps: int = 1500
+    generated: int = 6
+    targets: int = 8
+    strengths: tuple[float, ...] = (1e-2, 1e-3, 1e-1)
+    score_draws: int = 8
+
+
+FULL = Scale(targets=40, strengths=(1e-2, 1e-4, 1e-3, 3e-2, 1e-1))
+
+
+def demo_autoencoder() -> Path:
+    """The small autoencoder that is shipped; ``docs/demo.md`` has the command that made it."""
+    return Path(str(resources.files("attr_engine.demo") / "autoencoder"))
+
+
+def _corpus(audio: Path, scale: Scale) -> None:
+    if not (audio / "queries" / "metadata.csv").exists():
+        write_corpus(
+            audio, tracks=scale.tracks, sample_rate=SAMPLE_RATE, progress=progress.bar("composing", "track")
+        )
+
+
+def _ingest(source: Path, out: Path, encoder: Autoencoder, kind: str = "") -> LatentDataset:
+    if not (out / MANIFEST).exists():
+        ingest_audio(
+            source, out, encoder, FRAMES, source / "metadata.csv", CONDITION, "error", kind=kind,
+            progress=progress.bar(f"encoding {source.name}", "file"),
+        )  # fmt: skip
+    return LatentDataset(out)
+
+
+def _train(out: Path, tracks: LatentDataset, encoder: Autoencoder, scale: Scale) -> None:
+    if (out / CONFIG_NAME).exists():
+        return
+    names = ("seconds_total", *CONDITION)
+    config = train.diffusion_config(
+        encoder, FRAMES, train.conditioning_values(tracks, names, tracks.conditioning)
+    )
+    train.train_diffusion(
+        config, tracks, out, scale.steps, encoder, progress=progress.bar("training", "step")
+    )
+
+
+def _generate(
+    out: Path, model_path: Path, tracks: LatentDataset, held_out: LatentDataset, scale: Scale
+) -> None:
+    """Write the queries: pieces from the model's own sampler, then the held-out ones."""
+    if (out / MANIFEST).exists():
+        return
+    import soundfile
+
+    model, audio_root = load_model(model_path), Path(held_out.extra["root"])
+    rng = np.random.default_rng(2026)
+    prompts = [
+        dict(tracks.conditioning[int(i)]) for i in rng.choice(len(tracks), scale.generated, replace=False)
+    ]
+    latents = model.sample(prompts, seed=7, steps=_SAMPLER_STEPS, guidance=_GUIDANCE)
+    writer = LatentWriter(out, padding=tracks.padding, extra=held_out.extra)
+    for n, (prompt, latent) in enumerate(zip(prompts, latents, strict=True)):
+        seconds = float(prompt["seconds_total"])
+        frames = min(FRAMES, -(-int(seconds * SAMPLE_RATE) // model.samples_per_frame))
+        kept = latent[:, :frames]
+        sound = model.decode(kept[None])[0, 0].cpu().numpy()
+        name = f"generated-{n}"
+        soundfile.write(
+            audio_root / f"{name}.flac", sound / max(1.0, float(np.abs(sound).max())), SAMPLE_RATE
+        )
+        about = ", ".join(f"{k} {prompt[k]}" for k in CONDITION)
+        info = {
+            "title": f"Generated piece {n + 1} ({about})",
+            "source": f"{name}.flac",
+            "seconds": seconds,
+            "kind": "generated",
+        }
+        writer.add(name, np.ascontiguousarray(kept.cpu().numpy()), prompt, info)
+    for i in range(len(held_out)):
+        batch = held_out.batch([i], FRAMES)
+        latent = batch.latents[0, :, : int(batch.valid[0])].numpy()
+        writer.add(held_out.ids[i], np.ascontiguousarray(latent), held_out.conditioning[i], held_out.info[i])
+    writer.close()
+
+
+def _targets(tracks: LatentDataset, count: int) -> tuple[str, ...]:
+    """Training tracks to unlearn: a quarter of them shorter than 4 s, spread evenly, one of a family at most."""
+    order = np.random.default_rng(40).permutation(len(tracks))
+    short = [i for i in order if float(tracks.info[i]["seconds"]) < 4.0][: max(1, count // 4)]
+    chosen, families = (
+        list(short),
+        {tracks.info[i].get("family") for i in short if tracks.info[i].get("family")},
+    )
+    for i in order:
+        family = tracks.info[i].get("family")
+        if len(chosen) < count and i not in chosen and (not family or family not in families):
+            chosen.append(i)
+            families.add(family)
+    chosen += [i for i in order if i not in chosen][: count - len(chosen)]
+    return tuple(tracks.ids[int(i)] for i in sorted(chosen))
+
+
+def _say(start: float, text: str) -> None:
+    print(f"[{time.perf_counter() - start:5.0f} s] {text}", flush=True)
+
+
+def run_demo(out: Path, full: bool = False, scale: Scale | None = None) -> Path:
+    """Run the demo, or carry on where it was stopped.
+
+    Args:
+        out: folder for everything; ``out/run`` (or ``out/run-full``) is the run directory.
+        full: 40 self-influence targets and five strengths.
+        scale: sizes, for tests.
+
+    Returns:
+        Path of the report.
+    """
+    scale, start = scale or (FULL if full else Scale()), time.perf_counter()
+    _say(start, f"1/6 composing {scale.tracks} tracks and 14 held-out pieces (about 40 s)")
+    _corpus(out / "audio", scale)
+    _say(start, "2/6 encoding them with the small autoencoder that is shipped (about 40 s)")
+    encoder = load_autoencoder(demo_autoencoder())
+    tracks = _ingest(out / "audio" / "train", out / "latents", encoder)
+    held_out = _ingest(out / "audio" / "queries", out / "held-out", encoder, kind="held-out")
+    _say(start, f"3/6 training a stable-audio-tools DiT, {scale.steps} steps (about 2 min)")
+    _train(out / "model", tracks, encoder, scale)
+    _say(start, f"4/6 generating {scale.generated} pieces with the model's own sampler (about 20 s)")
+    _generate(out / "queries", out / "model", tracks, held_out, scale)
+    settings = Settings(
+        model=str(out / "model"),
+        data=str(out / "latents"),
+        queries=str(out / "queries"),
+        self_influence=_targets(tracks, scale.targets),
+        strengths=scale.strengths,
+        score_draws=scale.score_draws,
+        title="attr_engine demo",
+    )
+    report = _attribute(out / ("run-full" if full else "run"), settings, start)
+    _say(start, f"done; open {report} in a browser")
+    return report
+
+
+def _attribute(folder: Path, settings: Settings, start: float) -> Path:
+    with open_run(folder, settings) as run:
+        job = load_job(run)
+        pipeline.check(job)
+        updates = len(job.queries) * len(settings.strengths)
+        forwards = len(job.tracks) * settings.score_draws * (updates + 1)
+        _say(
+            start, f"5/6 attributing {len(job.queries)} queries: {updates} updates, {forwards} forward passes"
+        )
+        result = pipeline.run_job(job)
+        _say(start, "6/6 writing the report")
+        report = build_report(
+            job, result, subtitle="A corpus composed for the occasion, with known relations"
+        )
+        pipeline.drop_updates(job)
+        print_top(job, result)
+        _print_tables(run.path / TABLES)
+    return report
+
+
+def _print_tables(path: Path) -> None:
+    for table in json.loads(path.read_text(encoding="utf-8")):
+        print(f"\n{table['title']}\n{table['note']}")
+        print("  ".join(table["columns"]))
+        for row in table["rows"]:
+            print(
+                "  ".join(
+                    "-" if cell is None else f"{cell:g}" if isinstance(cell, float) else str(cell)
+                    for cell in row
+                )
+            )

@@ -1,0 +1,244 @@
+"""From a finished run to its report: players, rankings, controls, tables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from attr_engine import progress
+from attr_engine.errors import UserError
+from attr_engine.latents.audio import read_audio
+from attr_engine.latents.batch import Tracks
+from attr_engine.pipeline import UPDATE_SETTINGS, Job, fisher_stage, update_stage
+from attr_engine.report.audio import encode_clip, waveform_peaks
+from attr_engine.report.data import Clip, QuerySection, Ranking, ReportData, Row, TrackInfo
+from attr_engine.report.page import write_report
+from attr_engine.report.shares import shares
+from attr_engine.report.tables import controls_of, relatives, result_tables, strength_text, text_of
+from attr_engine.result import Attribution
+from attr_engine.runs import ENVIRONMENT, key_of, write_json
+from attr_engine.score import frame_effects
+from attr_engine.settings import to_json
+from attr_engine.tensorfile import load_tensors, save_tensors
+from attr_engine.unlearn import Update
+
+REPORT, CURVES, TABLES = "report.html", "curves.safetensors", "tables.json"
+_PEAKS = 160
+_MAX_CURVE = 240
+_CONTROL_ROWS = 5
+
+
+class _Sound:
+    """Clips of tracks: from the audio they were made from, else decoded from their latents."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._decode: Callable[[torch.Tensor], torch.Tensor] | None = getattr(job.model, "decode", None)
+        self._rate = int(getattr(job.model, "sample_rate", 0))
+
+    def clip(self, tracks: Tracks, index: int) -> Clip | None:
+        """The clip of a track, None where there is neither audio nor a decoder."""
+        audio = self._from_file(tracks, index)
+        if audio is None:
+            audio = self._from_latent(tracks, index)
+        if audio is None:
+            return None
+        peak = float(np.abs(audio).max())
+        mime, data = encode_clip(audio / peak if peak > 1.0 else audio, self._rate)
+        return Clip(mime, data, waveform_peaks(audio, _PEAKS))
+
+    def _from_file(self, tracks: Tracks, index: int) -> np.ndarray | None:
+        info, root = tracks.info[index], getattr(tracks, "extra", {}).get("root")
+        source = str(info.get("audio") or info.get("source") or "")
+        if not root or not source or self._rate <= 0:
+            return None
+        path = (Path(root) / source).resolve()
+        # A manifest is data from outside: it may only name files of the folder that was ingested.
+        if not path.is_file() or Path(root).resolve() not in path.parents:
+            return None
+        try:
+            audio = read_audio(path, self._rate, 1)
+        except UserError:
+            return None
+        start = round(float(info.get("start") or 0.0) * self._rate)
+        stop = start + round(float(info.get("seconds") or 1e9) * self._rate)
+        return audio[:, start:stop] if start < audio.shape[1] else None
+
+    def _from_latent(self, tracks: Tracks, index: int) -> np.ndarray | None:
+        if self._decode is None or self._rate <= 0:
+            return None
+        batch = tracks.batch([index], self._job.model.frames)
+        try:
+            audio = self._decode(batch.latents[:, :, : int(batch.valid[0])]).detach().cpu().float()
+        except UserError:
+            return None
+        return np.asarray(audio[0].mean(dim=0, keepdim=True).numpy())
+
+
+def _track_info(tracks: Tracks, index: int, clip: Clip | None) -> TrackInfo:
+    info = tracks.info[index]
+    return TrackInfo(
+        id=tracks.ids[index],
+        title=text_of(info, "title"),
+        artist=text_of(info, "artist"),
+        licence=text_of(info, "licence", "license"),
+        seconds=float(info["seconds"]) if isinstance(info.get("seconds"), int | float) else None,
+        source=text_of(info, "source"),
+        start=float(info.get("start") or 0.0),
+        parent=text_of(info, "parent"),
+        clip=clip,
+    )
+
+
+def curves(job: Job, result: Attribution) -> dict[str, dict[str, np.ndarray]]:
+    """Where the leading update acts in each query's top tracks: query -> track -> ``[frames]``; kept on disk."""
+    s, path = job.run.settings, job.run.path / CURVES
+    function = s.functions[0] if s.functions[0] in ("displacement", "loss_change") else "displacement"
+    key = key_of(
+        job.key(*UPDATE_SETTINGS, "functions", "strengths", "score_draws"), s.top, [q.id for q in job.queries]
+    )
+    update_key = job.key(*UPDATE_SETTINGS)
+    if path.exists():
+        tensors, meta = load_tensors(path)
+        if meta.get("key") == key:
+            names = meta["names"]
+            return {q: {t: tensors[slot].numpy() for t, slot in row.items()} for q, row in names.items()}
+    if not all(job.update_path(q, s.strengths[0]).exists() for q in job.queries):
+        update_stage(job, fisher_stage(job))
+    where = {name: i for i, name in enumerate(job.tracks.ids)}
+    flat: dict[str, torch.Tensor] = {}
+    out: dict[str, dict[str, np.ndarray]] = {}
+    index: dict[str, dict[str, str]] = {}
+    show = progress.bar("where in the tracks", "query")
+    for done, query in enumerate(job.queries):
+        update = Update.load(
+            job.update_path(query, s.strengths[0]), key_of(update_key, query.tracks.fingerprint)
+        )
+        top = [row.track for row in result.top(s.top, query.id, s.functions[0], s.strengths[0])]
+        batch = job.tracks.batch([where[t] for t in top], job.model.frames)
+        effects = frame_effects(job.model, batch, update, job.plan, s.score_draws, s.rows)[function]
+        out[query.id] = {t: e[: int(n)] for t, e, n in zip(top, effects, batch.valid, strict=True)}
+        index[query.id] = {t: f"{done}.{k}" for k, t in enumerate(top)}
+        flat.update({index[query.id][t]: torch.as_tensor(e.copy()) for t, e in out[query.id].items()})
+        show(done + 1, len(job.queries))
+    save_tensors(path, flat, {"key": key, "names": index})
+    return out
+
+
+def _short(curve: np.ndarray) -> np.ndarray:
+    """At most ``_MAX_CURVE`` values: means of neighbouring frames."""
+    if len(curve) <= _MAX_CURVE:
+        return curve
+    return np.array([part.mean() for part in np.array_split(curve, _MAX_CURVE)])
+
+
+def _ranking(
+    job: Job, name: str, strength: str, control: bool, scores: np.ndarray, errors: np.ndarray | None,
+    hits: Mapping[str, str], shapes: Mapping[str, np.ndarray], k: int,
+) -> Ranking:  # fmt: skip
+    share = shares(scores, job.run.settings.shares)
+    order = np.argsort(-scores, kind="stable")[:k]
+    rows = []
+    for n, i in enumerate(order):
+        track = job.tracks.ids[i]
+        error = float(errors[i]) if errors is not None and np.isfinite(errors[i]) else None
+        curve = _short(shapes[track]) if track in shapes else None
+        rows.append(Row(track, n + 1, float(scores[i]), error, float(share[i]), hits.get(track, ""), curve))
+    rest = float(1.0 - sum(row.share for row in rows))
+    return Ranking(name, strength, control, rows, job.run.settings.shares, rest, len(scores))
+
+
+def _section(
+    job: Job, result: Attribution, q: int, controls: Mapping[str, np.ndarray], shapes: Any, sound: _Sound
+) -> QuerySection:
+    s, query = job.run.settings, job.queries[q]
+    hits, rankings = relatives(job, query), []
+    for function in s.functions:
+        for strength in s.strengths:
+            u = result.row(query.id, strength)
+            lead = function == s.functions[0] and strength == s.strengths[0]
+            rankings.append(
+                _ranking(
+                    job,
+                    function,
+                    strength_text(job, strength),
+                    False,
+                    result.values[function][u],
+                    result.errors[function][u],
+                    hits,
+                    shapes.get(query.id, {}) if lead else {},
+                    s.top,
+                )  # fmt: skip
+            )
+    for name, scores in controls.items():
+        rankings.append(_ranking(job, name, "", True, scores[q], None, hits, {}, min(_CONTROL_ROWS, s.top)))
+    notes = []
+    if hits:
+        found = sum(1 for row in rankings[0].rows if row.hit)
+        notes.append(f"known relatives among the top {len(rankings[0].rows)}: {found} of {len(hits)}")
+    relation = text_of(query.tracks.info[query.index], "relation")
+    if query.kind != "training track" and relation:
+        notes.append(
+            f"this query is held out; it is {relation}"
+            + ("" if hits else ": no training track is a relative")
+        )
+    info = _track_info(query.tracks, query.index, sound.clip(query.tracks, query.index))
+    return QuerySection(info, query.kind, rankings, notes)
+
+
+def _summary(job: Job) -> list[tuple[str, str]]:
+    s, model = job.run.settings, job.model
+    count = sum(p.numel() for p in model.module.parameters())
+    seconds = job.run.timings()
+    return [
+        ("model", f"{Path(s.model).name or 'in memory'}, {count / 1e6:.2f} M parameters, {model.objective}-objective"),
+        ("training tracks", str(len(job.tracks))),
+        ("queries", str(len(job.queries))),
+        ("layers", ", ".join(s.layers)),
+        ("draws", f"{s.fisher_draws} Fisher, {s.update_draws} update, {s.score_draws} score; plan {s.plan}, seed {s.seed}"),
+        ("masks", f"update {'valid frames' if s.mask_update else 'all frames'} (M_U {'on' if s.mask_update else 'off'}), "
+                  f"score {'valid frames' if s.mask_score else 'all frames'} (M_L {'on' if s.mask_score else 'off'})"),
+        ("damping", f"{s.damping:g} of the mean Fisher"),
+        ("precision", f"{s.dtype} model, losses summed in float64"),
+        ("seconds", ", ".join(f"{k} {v:.0f}" for k, v in seconds.items())),
+    ]  # fmt: skip
+
+
+def build_report(job: Job, result: Attribution, warnings: Sequence[str] = (), subtitle: str = "") -> Path:
+    """Write ``report.html`` into the run directory and return its path."""
+    sound = _Sound(job)
+    controls = controls_of(job, result)
+    shapes = curves(job, result)
+    sections = [_section(job, result, q, controls, shapes, sound) for q in range(len(job.queries))]
+    shown = {row.track for section in sections for ranking in section.rankings for row in ranking.rows}
+    where = {name: i for i, name in enumerate(job.tracks.ids)}
+    heard = {row.track for section in sections for ranking in section.rankings[:1] for row in ranking.rows}
+    infos = {
+        t: _track_info(job.tracks, where[t], sound.clip(job.tracks, where[t]) if t in heard else None)
+        for t in sorted(shown)
+    }
+    tables = result_tables(job, result, controls)
+    write_json(job.run.path / TABLES, [vars(table) for table in tables])
+    s = job.run.settings
+    data = ReportData(
+        title=s.title or "Training-data attribution",
+        subtitle=subtitle or "Which training tracks made these pieces, and how sure are we",
+        summary=_summary(job),
+        tables=tables,
+        queries=sections,
+        tracks=infos,
+        config={**to_json(s), "model hash": job.model.fingerprint, "data hash": job.tracks.fingerprint},
+        environment=json.loads((job.run.path / ENVIRONMENT).read_text(encoding="utf-8")),
+        warnings=list(warnings),
+    )
+    path = job.run.path / REPORT
+    write_report(data, path)
+    return path
+
+
+__all__ = ["REPORT", "TABLES", "build_report", "curves"]

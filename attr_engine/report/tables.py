@@ -1,0 +1,122 @@
+"""Results over all queries: rank of oneself, planted relations, the controls beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from attr_engine import evaluate
+from attr_engine.controls import control_scores
+from attr_engine.pipeline import Job, Query
+from attr_engine.report.data import Table
+from attr_engine.result import Attribution
+
+
+def text_of(info: Mapping[str, Any], *names: str) -> str:
+    """The first of the named entries that holds something, as text."""
+    return next((str(info[n]) for n in names if info.get(n) not in (None, "")), "")
+
+
+def strength_text(job: Job, strength: float) -> str:
+    """A strength with its unit."""
+    return f"relative size {strength:g}" if job.run.settings.unit == "size" else f"lr {strength:g}"
+
+
+def relatives(job: Job, query: Query) -> dict[str, str]:
+    """Training tracks with a known relation to a query, and its name: planted parents, exact copies."""
+    where = {name: i for i, name in enumerate(job.tracks.ids)}
+    if query.kind == "training track":
+        family = job.tracks.info[query.index].get("family")
+        members = [n for n, i in where.items() if family and job.tracks.info[i].get("family") == family]
+    else:
+        members = [n for n in evaluate.parents_of(query.tracks.info[query.index]) if n in where]
+    found = {name: text_of(job.tracks.info[where[name]], "relation") or "related" for name in members}
+    if query.kind == "training track":
+        found[query.id] = "itself"
+    return found
+
+
+def controls_of(job: Job, result: Attribution) -> dict[str, np.ndarray]:
+    """Scores of every control for the queries of a job, name to ``[Q, N]``."""
+    queries = [(q.tracks, q.index) for q in job.queries]
+    return control_scores(job.tracks, queries, result.base, job.model.frames, job.run.settings.seed)
+
+
+def result_tables(job: Job, result: Attribution, controls: Mapping[str, np.ndarray]) -> list[Table]:
+    """Every table that the queries of a job allow."""
+    return [t for t in (self_table(job, result), relation_table(job, result, controls)) if t is not None]
+
+
+def self_table(job: Job, result: Attribution) -> Table | None:
+    """Rank of each training track when it is itself unlearned."""
+    s = job.run.settings
+    targets = [q for q in job.queries if q.kind == "training track"]
+    if not targets:
+        return None
+    copies = evaluate.clusters(job.tracks.ids, job.tracks.info)
+    settings = [(f, x) for f in s.functions for x in s.strengths]
+    rows: list[list[str | float | int | None]] = []
+    for q in targets:
+        place = [
+            evaluate.self_rank(result.values[f][result.row(q.id, x)], result.tracks, copies[q.id])
+            for f, x in settings
+        ]
+        seconds = q.tracks.info[q.index].get("seconds")
+        rows.append([q.id, round(float(seconds), 1) if seconds else None, *place])
+    for what, summary in (("mean", np.mean), ("median", np.median), ("worst", np.max)):
+        rows.append(
+            [
+                what,
+                None,
+                *[
+                    round(float(summary([float(r[2 + k] or 0) for r in rows[: len(targets)]])), 1)
+                    for k in range(len(settings))
+                ],
+            ]
+        )
+    columns = ["training track", "seconds", *[f"{f}, {strength_text(job, x)}" for f, x in settings]]
+    note = f"Rank among {len(job.tracks)} tracks; 1 is right. A track and its exact copies count as one. Necessary, not sufficient."
+    return Table("Rank of a training track when it is itself unlearned", columns, rows, note)
+
+
+def relation_table(job: Job, result: Attribution, controls: Mapping[str, np.ndarray]) -> Table | None:
+    """Mean average precision of the known parents of held-out queries, beside the controls."""
+    s = job.run.settings
+    cases = [(q, evaluate.parents_of(job.queries[q].tracks.info[job.queries[q].index])) for q in range(len(job.queries))
+             if job.queries[q].kind != "training track"]  # fmt: skip
+    cases = [(q, parents & set(job.tracks.ids)) for q, parents in cases]
+    cases = [(q, parents) for q, parents in cases if parents]
+    if not cases:
+        return None
+
+    def line(name: str, strength: str, scores: np.ndarray) -> list[str | float | int | None]:
+        precision = [evaluate.average_precision(scores[q], result.tracks, parents) for q, parents in cases]
+        recall = [evaluate.recall_at(10, scores[q], result.tracks, parents) for q, parents in cases]
+        error = float(np.std(precision, ddof=1) / np.sqrt(len(precision))) if len(precision) > 1 else None
+        return [
+            name,
+            strength,
+            round(float(np.mean(precision)), 4),
+            None if error is None else round(error, 4),
+            round(float(np.mean(recall)), 4),
+        ]
+
+    rows = []
+    for f in s.functions:
+        for x in s.strengths:
+            of_strength = [result.row(q.id, x) for q in job.queries]
+            rows.append(line(f, strength_text(job, x), result.values[f][of_strength]))
+    for name, scores in controls.items():
+        rows.append(line(f"{name} (control)", "", scores))
+    note = (
+        f"{len(cases)} held-out queries with known parents among {len(job.tracks)} tracks. "
+        "Being of one family is not the truth of influence: retraining is."
+    )
+    return Table(
+        "Held-out queries: are their known parents found?",
+        ["score", "strength", "mAP", "standard error", "recall at 10"],
+        rows,
+        note,
+    )

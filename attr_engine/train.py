@@ -1,0 +1,376 @@
+"""Training small models: for the demo, for retraining, for a first look at one's own music.
+
+Step k depends on (seed, k) and on the weights before it, so a killed training goes on bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from attr_engine import kernels
+from attr_engine.diffusion import DrawPlan
+from attr_engine.errors import UserError
+from attr_engine.latents.batch import Tracks, check_tracks
+from attr_engine.models import checkpoint
+from attr_engine.models.autoencoder import BLOCK_NAME, WEIGHTS_NAME, Autoencoder, create_pretransform
+from attr_engine.models.stable_audio import CONFIG_NAME, create_model, quiet, save_model
+from attr_engine.runs import key_of, write_json
+from attr_engine.tensorfile import load_tensors, save_tensors
+
+Progress = Callable[[int, int], None]
+_STATE = "training-so-far.safetensors"
+_SECONDS_BETWEEN_CHECKPOINTS = 60.0
+
+
+def autoencoder_config(
+    sample_rate: int, audio_channels: int = 1, width: int = 64, latent: int = 32
+) -> dict[str, Any]:
+    """A small Oobleck VAE on patches of 64 samples: 1024 samples a frame, cheap enough for a CPU."""
+    conv = {"channels": width, "c_mults": [1, 2], "strides": [4, 4], "use_snake": True}
+    return {
+        "type": "autoencoder",
+        "scale": 1.0,
+        "config": {
+            "encoder": {
+                "type": "oobleck",
+                "config": {"in_channels": 64 * audio_channels, "latent_dim": 2 * latent, **conv},
+            },
+            "decoder": {
+                "type": "oobleck",
+                "config": {
+                    "out_channels": 64 * audio_channels,
+                    "latent_dim": latent,
+                    "final_tanh": False,
+                    **conv,
+                },
+            },
+            "bottleneck": {"type": "vae"},
+            "latent_dim": latent,
+            "downsampling_ratio": 1024,
+            "io_channels": audio_channels,
+            "pretransform": {
+                "type": "patched",
+                "enable_grad": True,
+                "config": {"channels": audio_channels, "patch_size": 64},
+            },
+        },
+    }
+
+
+def diffusion_config(
+    autoencoder: Autoencoder,
+    frames: int,
+    conditioning: Mapping[str, Sequence[Any]],
+    width: int = 128,
+    depth: int = 4,
+    patch: int = 8,
+    objective: str = "v",
+) -> dict[str, Any]:
+    """A small DiT for an autoencoder's latents, as a stable-audio-tools model config.
+
+    Args:
+        autoencoder: gives latent channels, sample rate and the pretransform's block.
+        frames: F, a multiple of ``patch``.
+        conditioning: name to all values in the data; numbers become number conditioners over
+            their range, strings become list conditioners.
+        width: embedding width, a multiple of 32.
+        depth: transformer layers.
+        patch: latent frames a token.
+        objective: ``"v"`` or ``"rectified_flow"``.
+    """
+    if frames % patch:
+        raise UserError(
+            f"{frames} frames are not a multiple of the patch size {patch}: choose another length"
+        )
+    entries = []
+    for name, values in conditioning.items():
+        if all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+            low, high = float(min(values)), float(max(values))
+            entries.append(
+                {
+                    "id": name,
+                    "type": "number",
+                    "config": {"min_val": low, "max_val": high if high > low else low + 1.0},
+                }
+            )
+        else:
+            entries.append(
+                {"id": name, "type": "list", "config": {"options": sorted({str(v) for v in values})}}
+            )
+    dit = {
+        "io_channels": autoencoder.channels,
+        "embed_dim": width,
+        "depth": depth,
+        "num_heads": max(1, width // 32),
+        "patch_size": patch,
+        "cond_token_dim": width,
+        "project_cond_tokens": False,
+        "transformer_type": "continuous_transformer",
+    }
+    return {
+        "model_type": "diffusion_cond",
+        "sample_size": frames * autoencoder.samples_per_frame,
+        "sample_rate": autoencoder.sample_rate,
+        "audio_channels": autoencoder.audio_channels,
+        "model": {
+            "pretransform": autoencoder.block,
+            "io_channels": autoencoder.channels,
+            "conditioning": {"cond_dim": width, "configs": entries},
+            "diffusion": {
+                "type": "dit",
+                "diffusion_objective": objective,
+                "cross_attention_cond_ids": list(conditioning),
+                "config": dit,
+            },
+        },
+    }
+
+
+class _Loop:
+    """AdamW with a warm-up and a cosine to zero; its state can be kept and taken up again."""
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], out: Path, key: str, steps: int, lr: float
+    ) -> None:
+        self.parameters, self.path, self.key, self.steps, self.lr = (
+            dict(parameters),
+            out / _STATE,
+            key,
+            steps,
+            lr,
+        )
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0
+        )
+
+    def run(self, loss_of_step: Callable[[int], Tensor], progress: Progress | None) -> float:
+        """Train to the last step; returns the mean loss of the last tenth."""
+        first, recent, saved = self._restore(), [], time.monotonic()
+        for step in range(first, self.steps):
+            for group in self.optimizer.param_groups:
+                group["lr"] = (
+                    self.lr * min(1.0, (step + 1) / 50) * 0.5 * (1.0 + math.cos(math.pi * step / self.steps))
+                )
+            self.optimizer.zero_grad(set_to_none=True)
+            loss = loss_of_step(step)
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+            if not math.isfinite(float(norm)):
+                raise UserError(
+                    f"training diverged at step {step} (the gradient is not finite): use a smaller --lr"
+                )
+            self.optimizer.step()
+            if step >= self.steps * 0.9:
+                recent.append(float(loss.detach()))
+            if progress is not None:
+                progress(step + 1, self.steps)
+            if time.monotonic() - saved > _SECONDS_BETWEEN_CHECKPOINTS:
+                self._keep(step + 1)
+                saved = time.monotonic()
+        return float(np.mean(recent)) if recent else float("nan")
+
+    def _keep(self, step: int) -> None:
+        tensors = {f"p.{name}": p for name, p in self.parameters.items()}
+        for name, p in self.parameters.items():
+            for moment in ("exp_avg", "exp_avg_sq"):
+                tensors[f"{moment}.{name}"] = self.optimizer.state[p][moment]
+        save_tensors(self.path, tensors, {"key": self.key, "step": step})
+
+    def _restore(self) -> int:
+        if not self.path.exists():
+            return 0
+        tensors, meta = load_tensors(self.path, self.key)
+        step = int(meta["step"])
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                p.copy_(tensors[f"p.{name}"])
+                moments = {m: tensors[f"{m}.{name}"].clone() for m in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[p] = {"step": torch.tensor(float(step)), **moments}
+        return step
+
+    def done(self) -> None:
+        """Drop the state: the model is written."""
+        self.path.unlink(missing_ok=True)
+
+
+def train_autoencoder(
+    block: Mapping[str, Any], sample_rate: int, clips: Sequence[np.ndarray], out: Path, steps: int,
+    batch: int = 8, lr: float = 1e-3, seed: int = 0, progress: Progress | None = None,
+) -> float:  # fmt: skip
+    """Train an autoencoder on spectra and waveform, then write its folder.
+
+    Args:
+        block: a pretransform config of type ``autoencoder``.
+        sample_rate: Hz of the clips.
+        clips: float32 ``[channels, samples]`` recordings.
+        out: folder for ``pretransform.json`` and the weights; training resumes there.
+        steps: optimiser steps.
+        batch: crops of 32 frames a step.
+        lr: peak learning rate.
+        seed: of crops and initial weights.
+        progress: called with (steps done, steps).
+
+    Returns:
+        Mean loss of the last tenth of the steps.
+    """
+    import auraloss
+
+    torch.manual_seed(seed)
+    model = create_pretransform(block, sample_rate, "autoencoder config").model
+    # In training mode its residual units recompute their activations; there is memory enough here.
+    model.eval().requires_grad_(True)
+    crop, last = 32 * int(model.downsampling_ratio), clips[-1].shape[0]
+    weights = np.array([c.shape[1] for c in clips], dtype=np.float64)
+    spectra = auraloss.freq.MultiResolutionSTFTLoss(
+        fft_sizes=[2048, 1024, 256], hop_sizes=[512, 256, 64], win_lengths=[2048, 1024, 256]
+    )
+
+    def crops(step: int) -> Tensor:
+        rng, out = np.random.default_rng([seed, step]), np.zeros((batch, last, crop), dtype=np.float32)
+        for row, i in zip(out, rng.choice(len(clips), size=batch, p=weights / weights.sum()), strict=True):
+            start = int(rng.integers(0, max(1, clips[i].shape[1] - crop + 1)))
+            piece = clips[i][:, start : start + crop]
+            row[:, : piece.shape[1]] = piece
+        return torch.from_numpy(out)
+
+    def loss_of_step(step: int) -> Tensor:
+        audio = crops(step)
+        torch.manual_seed(seed * 1_000_003 + step)  # the bottleneck samples
+        latents, info = model.encode(audio, return_info=True)
+        decoded = model.decode(latents)
+        return spectra(decoded, audio) + 10.0 * (decoded - audio).abs().mean() + 1e-4 * info["kl"]
+
+    key = key_of(block, sample_rate, steps, batch, lr, seed, len(clips), float(weights.sum()))
+    loop = _Loop(dict(model.named_parameters()), out, key, steps, lr)
+    loss = loop.run(loss_of_step, progress)
+    _write_autoencoder(model, block, sample_rate, clips, out)
+    loop.done()
+    return loss
+
+
+def _write_autoencoder(
+    model: Any, block: Mapping[str, Any], sample_rate: int, clips: Sequence[np.ndarray], out: Path
+) -> None:
+    """Weights in float16, and the scale that gives latents of the clips unit variance."""
+    half = {name: value.half() for name, value in model.state_dict().items()}
+    model.load_state_dict({name: value.float() for name, value in half.items()})
+    frame, rng = int(model.downsampling_ratio), np.random.default_rng(0)
+    means = []
+    with torch.no_grad():
+        for i in rng.permutation(len(clips))[:64]:
+            whole = clips[i].shape[1] // frame * frame
+            if whole:
+                audio = torch.from_numpy(clips[i][None, :, : min(whole, 256 * frame)])
+                means.append(model.encode(audio, skip_bottleneck=True).chunk(2, dim=1)[0].flatten())
+    from safetensors.torch import save_file
+
+    out.mkdir(parents=True, exist_ok=True)
+    part = out / (WEIGHTS_NAME + ".part")
+    save_file({name: value.contiguous() for name, value in half.items()}, part)
+    part.replace(out / WEIGHTS_NAME)
+    write_json(
+        out / BLOCK_NAME,
+        {
+            "sample_rate": sample_rate,
+            "pretransform": {**block, "scale": round(float(torch.cat(means).std()), 4)},
+        },
+    )
+
+
+def train_diffusion(
+    config: Mapping[str, Any], tracks: Tracks, out: Path, steps: int, autoencoder: Autoencoder | None = None,
+    batch: int = 16, lr: float = 1e-3, seed: int = 0, progress: Progress | None = None,
+) -> float:  # fmt: skip
+    """Train a stable-audio-tools diffusion model on latents, without masking, and write its folder.
+
+    Args:
+        config: model config.
+        tracks: latents with conditioning.
+        out: model folder; training resumes there.
+        steps: optimiser steps.
+        autoencoder: its weights go into the model folder.
+        batch: tracks a step.
+        lr: peak learning rate.
+        seed: of order, draws and initial weights.
+        progress: called with (steps done, steps).
+
+    Returns:
+        Mean loss of the last tenth of the steps.
+
+    Raises:
+        UserError: tracks that the model cannot take, or a training that diverges.
+    """
+    torch.manual_seed(seed)
+    wrapper = create_model(config)
+    if autoencoder is not None:
+        wrapper.pretransform = autoencoder.pretransform
+    ratio = int(wrapper.pretransform.downsampling_ratio) if wrapper.pretransform is not None else 1
+    frames = int(config["sample_size"]) // ratio
+    check_tracks(tracks, int(wrapper.io_channels), frames, "training")
+    wrapper.model.requires_grad_(True)
+    plan, per_epoch = DrawPlan(seed, replicates=1), math.ceil(len(tracks) / batch)
+
+    def loss_of_step(step: int) -> Tensor:
+        epoch, place = divmod(step, per_epoch)
+        order = np.random.default_rng([seed, epoch]).permutation(len(tracks))
+        chosen = [int(i) for i in order[place * batch : (place + 1) * batch]]
+        rows = tracks.batch(chosen, frames)
+        keys = torch.tensor([plan.key("train", name, epoch) for name in rows.ids])
+        t = torch.tensor([plan.timestep("train", name, epoch) for name in rows.ids], dtype=torch.float64)
+        x = rows.latents.float()
+        e = kernels.noise(keys, x.shape[1], x.shape[2])
+        torch.manual_seed(seed * 1_000_003 + step)  # dropout of the conditioning, for guidance
+        tensors = wrapper.conditioner(list(rows.conditioning), "cpu")
+        predicted = wrapper.model(
+            kernels.mix(x, e, t, wrapper.diffusion_objective), t, **wrapper.get_conditioning_inputs(tensors),
+            cfg_dropout_prob=0.1, use_checkpointing=False,
+        )  # fmt: skip
+        return (predicted - kernels.v_target(x, e, t, wrapper.diffusion_objective)).square().mean()
+
+    trained = {
+        n: p for n, p in wrapper.named_parameters() if not n.startswith("pretransform.") and p.requires_grad
+    }
+    key = key_of(config, tracks.fingerprint, steps, batch, lr, seed)
+    loop = _Loop(trained, out, key, steps, lr)
+    with quiet():
+        loss = loop.run(loss_of_step, progress)
+    save_model(wrapper, config, out)
+    write_json(
+        out / "training.json",
+        {"steps": steps, "batch": batch, "lr": lr, "seed": seed, "loss": loss, "data": tracks.fingerprint},
+    )
+    loop.done()
+    return loss
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A model config from a file, or from a model folder."""
+    return checkpoint.read_json(path / CONFIG_NAME if path.is_dir() else path, "model config")
+
+
+def conditioning_values(
+    tracks: Tracks, names: Sequence[str], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, list[Any]]:
+    """All values of the named conditioning entries.
+
+    Raises:
+        UserError: a track lacks one of them.
+    """
+    out: dict[str, list[Any]] = {}
+    for name in names:
+        for track, row in zip(tracks.ids, rows, strict=True):
+            if name not in row:
+                raise UserError(
+                    f"track {track!r} has no conditioning {name!r}: ingest with --condition {name}, it has {json.dumps(sorted(row))}"
+                )
+        out[name] = [row[name] for row in rows]
+    return out
