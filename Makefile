@@ -62,7 +62,7 @@ sanitize:  ## run the C++ driver under the address, undefined-behaviour and thre
 clean:  ## remove what was built and what the demo wrote; .venv stays
 	rm -rf build dist *.egg-info demo-run .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -f attr_engine/_native*.so
-	find attr_engine kernels tests bench tools -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## remove .venv too
 	rm -rf .venv

@@ -27,7 +27,7 @@ from attr_engine.models.protocol import Denoiser
 
 GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 
-Purpose = Literal["fisher", "update", "score", "train"]
+Purpose = Literal["fisher", "update", "score"]
 
 
 def _hash64(*parts: object) -> int:
@@ -119,7 +119,7 @@ def noised_rows(
         batch: tracks padded to the model's frames.
         rows: (index in batch, draw) pairs, one a row.
         plan: the draw plan.
-        purpose: ``"fisher"``, ``"update"``, ``"score"`` or ``"train"``.
+        purpose: ``"fisher"``, ``"update"`` or ``"score"``.
         masked: whether only valid frames count in the loss.
 
     Returns:

@@ -27,7 +27,7 @@ from attr_engine.runs import Run, key_of, open_run
 from attr_engine.score import Effects, measure_effects, score_function, scores
 from attr_engine.settings import Settings, to_json
 from attr_engine.tensorfile import load_tensors, save_tensors
-from attr_engine.unlearn import Update, query_gradient, unlearn_query
+from attr_engine.unlearn import Update, check_settings, query_gradient, unlearn_query
 
 FISHER, SCORES_PARQUET, SCORES_CSV, EFFECTS = (
     "fisher.safetensors",
@@ -66,9 +66,14 @@ class Job:
         s = self.run.settings
         return DrawPlan(s.seed, s.plan, s.replicates)
 
+    @property
+    def dtype(self) -> str:
+        """Dtype of the model as it is: a caller of :func:`attribute` may not have set it in the settings."""
+        return str(next(self.model.module.parameters()).dtype).removeprefix("torch.")
+
     def key(self, *names: str) -> str:
         """Key of a stage: model, data, the draw plan and the named settings."""
-        values = to_json(self.run.settings)
+        values = {**to_json(self.run.settings), "dtype": self.dtype}
         shared = ("layers", "seed", "plan", "replicates", "dtype")
         return key_of(
             self.model.fingerprint, self.tracks.fingerprint, {n: values[n] for n in (*shared, *names)}
@@ -76,7 +81,7 @@ class Job:
 
     def update_path(self, query: Query, strength: float) -> Path:
         """Where the update of a query lies; ids are hashed, because they may hold anything."""
-        return self.run.path / "updates" / f"{key_of(query.id)}@{strength:g}.safetensors"
+        return self.run.path / "updates" / f"{key_of(query.id)}@{strength!r}.safetensors"
 
 
 _FISHER_SETTINGS = ("fisher_draws", "mask_fisher")
@@ -122,6 +127,10 @@ def check(job: Job) -> None:
         score_function(name)
     if not s.functions or not s.strengths:
         raise UserError("name at least one score function and one strength")
+    for strength in s.strengths:
+        check_settings(strength, s.unit, s.steps, s.damping)
+        if s.strengths.count(strength) > 1:
+            raise UserError(f"the strength {strength} stands twice in the settings: name each once")
     for draws, what in ((s.fisher_draws, "Fisher"), (s.update_draws, "update"), (s.score_draws, "score")):
         job.plan.check(draws, f"the number of {what} draws")
     if s.rows < 1 or s.unit_tracks < 1 or s.threads < 0:
@@ -238,7 +247,7 @@ def finish(job: Job, effects: Effects) -> Attribution:
         "model": job.model.fingerprint,
         "data": job.tracks.fingerprint,
         "objective": job.model.objective,
-        "dtype": str(next(job.model.module.parameters()).dtype).removeprefix("torch."),
+        "dtype": job.dtype,
         "frames": job.model.frames,
     }
     result = Attribution(

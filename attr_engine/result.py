@@ -107,7 +107,7 @@ class Attribution:
             for u, (query, strength) in enumerate(self.updates):
                 columns: list[Any] = [
                     [query] * n,
-                    [strength] * n,
+                    [float(strength)] * n,
                     [function] * n,
                     list(self.tracks),
                     place[u],

@@ -20,14 +20,16 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, A
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    save_file(plain, part, metadata={"attr_engine": json.dumps(dict(meta))})
+    # safetensors sorts by name; sums over tensors are the same bits only in the same order.
+    header = {"attr_engine": json.dumps(dict(meta)), "order": json.dumps(list(plain))}
+    save_file(plain, part, metadata=header)
     with open(part, "rb") as file:
         os.fsync(file.fileno())
     os.replace(part, path)
 
 
 def load_tensors(path: Path, key: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what :func:`save_tensors` wrote.
+    """Read what :func:`save_tensors` wrote, tensors in the order in which they were given.
 
     Args:
         path: the file.
@@ -42,8 +44,9 @@ def load_tensors(path: Path, key: str | None = None) -> tuple[dict[str, Tensor],
         raise UserError(f"{path} does not exist: run the stage that writes it first")
     try:
         with safe_open(path, framework="pt") as file:
-            meta = json.loads((file.metadata() or {})["attr_engine"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            header = file.metadata() or {}
+            meta = json.loads(header["attr_engine"])
+            tensors = {name: file.get_tensor(name) for name in json.loads(header["order"])}
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read ({error}): delete it, it will be made again") from error
     if key is not None and meta.get("key") != key:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from attr_engine import kernels
-from attr_engine.diffusion import DrawPlan
 from attr_engine.errors import UserError
 from attr_engine.latents.batch import Tracks, check_tracks
 from attr_engine.models import checkpoint
@@ -317,18 +316,16 @@ def train_diffusion(
     frames = int(config["sample_size"]) // ratio
     check_tracks(tracks, int(wrapper.io_channels), frames, "training")
     wrapper.model.requires_grad_(True)
-    plan, per_epoch = DrawPlan(seed, replicates=1), math.ceil(len(tracks) / batch)
+    per_epoch = math.ceil(len(tracks) / batch)
 
     def loss_of_step(step: int) -> Tensor:
         epoch, place = divmod(step, per_epoch)
         order = np.random.default_rng([seed, epoch]).permutation(len(tracks))
         chosen = [int(i) for i in order[place * batch : (place + 1) * batch]]
         rows = tracks.batch(chosen, frames)
-        keys = torch.tensor([plan.key("train", name, epoch) for name in rows.ids])
-        t = torch.tensor([plan.timestep("train", name, epoch) for name in rows.ids], dtype=torch.float64)
+        torch.manual_seed(seed * 1_000_003 + step)
         x = rows.latents.float()
-        e = kernels.noise(keys, x.shape[1], x.shape[2])
-        torch.manual_seed(seed * 1_000_003 + step)  # dropout of the conditioning, for guidance
+        e, t = torch.randn_like(x), torch.rand(len(x), dtype=torch.float64)
         tensors = wrapper.conditioner(list(rows.conditioning), "cpu")
         predicted = wrapper.model(
             kernels.mix(x, e, t, wrapper.diffusion_objective), t, **wrapper.get_conditioning_inputs(tensors),

@@ -6,6 +6,7 @@ METHOD section 1. F is fixed at theta_0; every step has fresh draws; the loss of
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,9 +111,21 @@ def _norm(tensors: Mapping[str, Tensor]) -> float:
     )
 
 
+def check_settings(strength: float, unit: str, steps: int, damping: float) -> None:
+    """Refuse what cannot be computed.
+
+    Raises:
+        UserError: names the setting.
+    """
+    if unit not in ("size", "lr") or not 0.0 < strength < math.inf or steps < 1:
+        raise UserError(
+            f"strength {strength} in unit {unit!r} with {steps} steps: use a positive strength, 'size' or 'lr', at least 1 step"
+        )
+    if not 0.0 <= damping < math.inf:
+        raise UserError(f"damping is {damping}: it cannot be negative, infinite or NaN")
+
+
 def _absolute_damping(fisher: Fisher, damping: float) -> float:
-    if damping < 0:
-        raise UserError(f"damping is {damping}: it cannot be negative")
     absolute = damping * fisher.mean()
     if absolute == 0.0:
         zero = [name for name, value in fisher.values.items() if not bool((value > 0).all())]
@@ -164,11 +177,11 @@ def unlearn_query(
     """
     check_tracks(queries, model.channels, model.frames, "query")
     plan.check(draws, "the number of update draws")
-    if unit not in ("size", "lr") or strength <= 0 or steps < 1:
-        raise UserError(
-            f"strength {strength} in unit {unit!r} with {steps} steps: use a positive strength, 'size' or 'lr', at least 1 step"
-        )
+    check_settings(strength, unit, steps, damping)
     parameters = {n: p for n, p in model.module.named_parameters() if n in fisher.values}
+    strange = [n for n, v in fisher.values.items() if n not in parameters or v.shape != parameters[n].shape]
+    if strange:
+        raise UserError(f"the Fisher is of another model: its {strange[0]!r} does not fit this one")
     values = {n: fisher.values[n].to(device=p.device, dtype=work_dtype(model)) for n, p in parameters.items()}
     absolute, weight_norm = _absolute_damping(fisher, damping), _norm(parameters)
     batch, name = queries.batch([index], model.frames), queries.ids[index]

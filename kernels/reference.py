@@ -64,10 +64,12 @@ def noise(keys: Tensor, channels: int, frames: int) -> Tensor:
     if channels * frames > 2**32:
         raise ValueError(f"{channels} x {frames} elements are more than the 2^32 counters of one draw")
     place = torch.arange(frames * channels, device=keys.device, dtype=torch.int64)
-    first, second, _, _ = philox(place[None], keys[:, None])
-    radius = torch.sqrt(-2.0 * torch.log(_uniform(first).clamp_min(1e-7)))
-    normal = radius * torch.cos((2.0 * math.pi) * _uniform(second))
-    return normal.float().view(len(keys), frames, channels).transpose(1, 2)
+    out = torch.empty(len(keys), frames * channels, device=keys.device)
+    for row, key in zip(out, keys, strict=True):  # row by row: what it works on stays in the cache
+        first, second, _, _ = philox(place, key)
+        radius = torch.sqrt(-2.0 * torch.log(_uniform(first).clamp_min(1e-7)))
+        row.copy_(radius * torch.cos((2.0 * math.pi) * _uniform(second)))
+    return out.view(len(keys), frames, channels).transpose(1, 2)
 
 
 def _alpha_sigma(t: Tensor, objective: str) -> tuple[Tensor, Tensor]:

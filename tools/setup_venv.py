@@ -4,12 +4,14 @@ Run by ``make``, with the Python that the environment is to have::
 
     python3.11 tools/setup_venv.py
 
-What is up to date is skipped: the dependencies as long as pyproject.toml is the same, the package as long as
-pyproject.toml, setup.py, csrc/ and the compiler are. The output of pip is in ``.venv/install.log``.
+What is up to date is skipped: the large pinned packages while their pins are the same, the other dependencies
+while pyproject.toml is, the package while setup.py, csrc/ and the compiler are. After a failure the next call
+carries on where this one stopped. The output of pip is in ``.venv/install.log``.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -19,6 +21,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple, TextIO
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
@@ -29,6 +32,22 @@ SUPPORTED = ((3, 10), (3, 11))  # what numpy 1.23.5, and with it stable-audio-to
 BUILD_TOOLS = ("setuptools>=77,<82", "wheel", "pybind11>=2.12")  # torch 2.11 wants setuptools below 82
 EXTRAS = "stable-audio,test"
 LOG_LINES = 30
+CHATTER = (
+    "WARNING:",
+    "Requirement already satisfied",
+    "warning: no files",
+    "warning: no previously",
+    "writing ",
+)
+
+
+class Step(NamedTuple):
+    """One step of the installation; ``keys`` are the entries of the stamp that it brings up to date."""
+
+    what: str
+    seconds: int  # about, on two cores and a fast line
+    keys: tuple[str, ...]
+    commands: list[list[str]]
 
 
 def main() -> int:
@@ -38,45 +57,69 @@ def main() -> int:
         print(f"setup: this is Python {found}, but stable-audio-tools needs 3.10 or 3.11.")
         print("setup: name one of them: make PYTHON=/path/to/python3.11")
         return 1
-    wanted, stamp = keys(), read_stamp()
-    steps: list[tuple[str, int, list[list[str]]]] = []  # what, about how many seconds, commands
-    if stamp.get("python") != wanted["python"] or not PYTHON.exists():
-        stamp = {}
-        steps.append(("making .venv with the build tools", 15, [venv_command(), pip("-q", *BUILD_TOOLS)]))
-    if stamp.get("dependencies") != wanted["dependencies"]:
-        pinned = pinned_requirements()
-        steps.append((f"installing {names_of(pinned)}", 180, [pip("-q", *pinned)]))
-        steps.append(("installing attr_engine and the test tools", 45, [package_command(with_extras=True)]))
-    elif stamp.get("package") != wanted["package"] or (stamp.get("native") and not native_files()):
-        steps.append(("rebuilding attr_engine", 25, [package_command(with_extras=False)]))
-    if not steps:
-        return 0
-
-    STAMP.unlink(missing_ok=True)
-    for number, (what, seconds, commands) in enumerate(steps, start=1):
-        left = sum(later for _, later, _ in steps[number - 1 :])
-        print(f"[{number}/{len(steps)}] {what} (about {span(seconds)}; about {span(left)} left)", flush=True)
-        if commands[-1][-1] == "--no-build-isolation":
-            for path in native_files():  # a failed build must not leave an old extension behind
-                path.unlink()
-        for command in commands:
-            if not run(command):
+    with (ROOT / "pyproject.toml").open() as lock:
+        wait_for(lock)
+        wanted, stamp = wanted_stamp(), read_stamp()
+        steps = missing_steps(wanted, stamp)
+        for number, step in enumerate(steps, start=1):
+            left = span(sum(later.seconds for later in steps[number - 1 :]))
+            print(
+                f"[{number}/{len(steps)}] {step.what} (about {span(step.seconds)}; about {left} left)",
+                flush=True,
+            )
+            if "package" in step.keys:
+                for path in native_files():  # a failed build must not leave an old extension behind
+                    path.unlink()
+            if not all(run(command) for command in step.commands):
                 return 1
-    wanted["native"] = bool(native_files())
-    if not wanted["native"]:
-        print(why_not_native())
-    STAMP.write_text(json.dumps(wanted, indent=1) + "\n")
+            stamp = ({} if "python" in step.keys else stamp) | {key: wanted[key] for key in step.keys}
+            if "package" in step.keys:
+                stamp["native"] = bool(native_files())
+                if not stamp["native"]:
+                    print(why_not_native())
+            STAMP.write_text(json.dumps(stamp, indent=1) + "\n")
     return 0
 
 
-def keys() -> dict[str, object]:
+def wait_for(lock: TextIO) -> None:
+    """Let one installation run at a time; the lock goes when the file is closed."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print("setup: waiting for another make to finish its installation", flush=True)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError:
+        pass  # a file system without locks
+
+
+def missing_steps(wanted: dict[str, object], stamp: dict[str, object]) -> list[Step]:
+    """Return what has to be done to get from ``stamp`` to ``wanted``."""
+    steps = []
+    if stamp.get("python") != wanted["python"] or not PYTHON.exists():
+        stamp = {}
+        commands = [venv_command(), pip("-q", *BUILD_TOOLS)]
+        steps.append(Step("making .venv with the build tools", 15, ("python",), commands))
+    pinned = pinned_requirements()
+    if stamp.get("pinned") != wanted["pinned"]:
+        steps.append(Step(f"installing {names_of(pinned)}", 240, ("pinned",), [pip("-q", *pinned)]))
+    if stamp.get("dependencies") != wanted["dependencies"]:
+        command = package_command(with_extras=True)
+        keys = ("dependencies", "package")
+        steps.append(Step("installing attr_engine and the test tools", 30, keys, [command]))
+    elif stamp.get("package") != wanted["package"] or (stamp.get("native") and not native_files()):
+        steps.append(Step("rebuilding attr_engine", 15, ("package",), [package_command(with_extras=False)]))
+    return steps
+
+
+def wanted_stamp() -> dict[str, object]:
     """Return what the environment depends on, as the stamp records it."""
     compiler = os.environ.get("CXX") or "c++"
+    package = digest([ROOT / "setup.py", *sorted((ROOT / "csrc").glob("*.*"))])
     return {
-        "python": f"{sys.version} {sys.prefix}",
+        "python": f"{sys.version} {sys.base_prefix}",
+        "pinned": pinned_requirements(),
         "dependencies": digest([ROOT / "pyproject.toml", Path(__file__)]),
-        "package": digest([ROOT / "pyproject.toml", ROOT / "setup.py", *sorted((ROOT / "csrc").glob("*.*"))])
-        + f" {shutil.which(compiler.split()[0])}",
+        "package": f"{package} {shutil.which(compiler.split()[0])}",
     }
 
 
@@ -114,7 +157,10 @@ def names_of(requirements: list[str]) -> str:
 
 def venv_command() -> list[str]:
     """Return the command that makes an empty environment."""
-    return [sys.executable, "-m", "venv", "--clear", str(VENV)]
+    base = (
+        getattr(sys, "_base_executable", None) or sys.executable
+    )  # not .venv's own Python, if that runs this
+    return [base, "-m", "venv", "--clear", str(VENV)]
 
 
 def pip(*arguments: str) -> list[str]:
@@ -145,7 +191,7 @@ def run(command: list[str]) -> bool:
     if result.returncode == 0:
         return True
     lines = [line for line in result.stdout.decode(errors="replace").splitlines() if line.strip()]
-    telling = [line for line in lines if not line.lstrip().startswith("WARNING:")] or lines
+    telling = [line for line in lines if not line.lstrip().startswith(CHATTER)] or lines
     print("\n".join(telling[-LOG_LINES:]))
     print(f"setup: this failed: {' '.join(command)}")
     print(f"setup: the whole output is in {LOG.relative_to(ROOT)}. {advice(lines)}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +14,17 @@ from attr_engine.cli_options import print_top
 from attr_engine.demo.corpus import write_corpus
 from attr_engine.jobs import load_job
 from attr_engine.latents import LatentDataset, LatentWriter
+from attr_engine.latents.audio import find_audio, read_audio
 from attr_engine.latents.ingest import ingest_audio
 from attr_engine.latents.store import MANIFEST
-from attr_engine.models.autoencoder import Autoencoder, load_autoencoder
+from attr_engine.models.autoencoder import BLOCK_NAME, Autoencoder, load_autoencoder
+from attr_engine.models.lapped import fit_autoencoder
 from attr_engine.models.stable_audio import CONFIG_NAME, load_model
 from attr_engine.report.build import TABLES, build_report
 from attr_engine.runs import open_run
 from attr_engine.settings import Settings
 
-SAMPLE_RATE, FRAMES = 16000, 376
+SAMPLE_RATE, FRAMES, PATCH = 16000, 752, 16
 CONDITION = ("lead", "style", "tempo")
 _GUIDANCE, _SAMPLER_STEPS = 3.0, 60
 
@@ -43,16 +44,22 @@ class Scale:
 FULL = Scale(targets=40, strengths=(1e-2, 1e-4, 1e-3, 3e-2, 1e-1))
 
 
-def demo_autoencoder() -> Path:
-    """The small autoencoder that is shipped; ``docs/demo.md`` has the command that made it."""
-    return Path(str(resources.files("attr_engine.demo") / "autoencoder"))
-
-
 def _corpus(audio: Path, scale: Scale) -> None:
     if not (audio / "queries" / "metadata.csv").exists():
         write_corpus(
             audio, tracks=scale.tracks, sample_rate=SAMPLE_RATE, progress=progress.bar("composing", "track")
         )
+
+
+def _autoencoder(out: Path, source: Path) -> Autoencoder:
+    if not (out / BLOCK_NAME).exists():
+        files, show = find_audio(source), progress.bar("reading", "file")
+        clips = []
+        for n, path in enumerate(files):
+            clips.append(read_audio(path, SAMPLE_RATE, 1))
+            show(n + 1, len(files))
+        fit_autoencoder(clips, SAMPLE_RATE, out)
+    return load_autoencoder(out)
 
 
 def _ingest(source: Path, out: Path, encoder: Autoencoder, kind: str = "") -> LatentDataset:
@@ -150,8 +157,8 @@ def run_demo(out: Path, full: bool = False, scale: Scale | None = None) -> Path:
     scale, start = scale or (FULL if full else Scale()), time.perf_counter()
     _say(start, f"1/6 composing {scale.tracks} tracks and 14 held-out pieces (about 40 s)")
     _corpus(out / "audio", scale)
-    _say(start, "2/6 encoding them with the small autoencoder that is shipped (about 40 s)")
-    encoder = load_autoencoder(demo_autoencoder())
+    _say(start, "2/6 fitting a small autoencoder to them and encoding them (about 40 s)")
+    encoder = _autoencoder(out / "autoencoder", out / "audio" / "train")
     tracks = _ingest(out / "audio" / "train", out / "latents", encoder)
     held_out = _ingest(out / "audio" / "queries", out / "held-out", encoder, kind="held-out")
     _say(start, f"3/6 training a stable-audio-tools DiT, {scale.steps} steps (about 2 min)")

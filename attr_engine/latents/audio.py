@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -10,6 +12,11 @@ from attr_engine.errors import UserError
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif")
 _MAX_SECONDS = 4 * 3600.0
+_MAX_SAMPLES = 1 << 31  # over all channels: 8 GiB once decoded
+# The first frame of an MP3 whose number of frames is known: frame header, empty side information, tag.
+_COUNTED_MP3 = re.compile(rb"\xff[\xe0-\xff][\s\S]{2}\x00{9,34}(?:Xing|Info)")
+# A program that writes into a pipe does not know the length and puts a number near 2^31 or 2^32.
+_UNKNOWN_LENGTH = 0x7FFF0000
 
 
 def find_audio(source: Path) -> list[Path]:
@@ -28,20 +35,39 @@ def find_audio(source: Path) -> list[Path]:
     return files
 
 
+def _reason(error: Exception) -> str:
+    """What libsndfile says, without the path that it may say too."""
+    return str(getattr(error, "error_string", "") or error).strip().rstrip(".")
+
+
+def _part_present(path: Path, info: Any, samples: int) -> float:
+    """The part of the declared audio that is really there; libsndfile reads a cut file without a word."""
+    if info.format == "MP3":
+        with open(path, "rb") as file:
+            head = file.read(1 << 16)
+        return samples / max(info.frames, 1) if _COUNTED_MP3.search(head) else 1.0  # else it is an estimate
+    found = re.search(r"^data : (\d+) \(should be (\d+)\)", info.extra_info, re.MULTILINE) or re.search(
+        r"Chunk size (\d+) > file length (\d+)", info.extra_info
+    )
+    if not found or not 0 < int(found[1]) < _UNKNOWN_LENGTH:
+        return 1.0
+    return int(found[2]) / int(found[1])
+
+
 def read_audio(path: Path, sample_rate: int, channels: int) -> np.ndarray:
     """Read, mix to ``channels`` and resample.
 
     Args:
         path: the file.
         sample_rate: wanted, Hz.
-        channels: wanted; stereo is averaged to mono, mono is doubled to stereo, of more channels
-            the first two are taken.
+        channels: wanted, 1 or 2. For 1 all channels are averaged; for 2 mono is doubled, and of
+            more channels the first two are taken (as stable-audio-tools does).
 
     Returns:
         float32 ``[channels, samples]``.
 
     Raises:
-        UserError: missing reader, unreadable or endless file, no samples, NaN or infinity.
+        UserError: missing reader, unreadable, cut or endless file, no samples, NaN or infinity.
     """
     try:
         import soundfile
@@ -52,13 +78,19 @@ def read_audio(path: Path, sample_rate: int, channels: int) -> np.ndarray:
         info = soundfile.info(path)
         if info.frames / max(info.samplerate, 1) > _MAX_SECONDS:
             raise UserError(f"{path} is longer than {_MAX_SECONDS / 3600:.0f} hours: cut it")
+        if info.frames * info.channels > _MAX_SAMPLES:
+            raise UserError(f"{path} has {info.channels} channels of {info.frames} samples, too many: cut it")
         audio, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
+    except (soundfile.LibsndfileError, OSError, RuntimeError, TypeError) as error:
         raise UserError(
-            f"{path} cannot be read as audio ({error}): convert it to wav or flac, or leave it out"
+            f"{path} cannot be read as audio ({_reason(error)}): convert it to wav or flac, or leave it out"
         ) from error
     if len(audio) == 0:
         raise UserError(f"{path} holds no samples: leave it out")
+    if (part := _part_present(path, info, len(audio))) < 0.99:
+        raise UserError(
+            f"{path} is cut short, {part:.0%} of it is there: get the whole file, or leave it out"
+        )
     if not np.isfinite(audio).all():
         raise UserError(f"{path} holds NaN or infinity: convert it again, or leave it out")
     if channels == 1:

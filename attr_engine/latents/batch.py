@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -100,3 +102,18 @@ def pad(latents: Sequence[np.ndarray], frames: int, padding: np.ndarray | None, 
     for row, latent in zip(out, latents, strict=True):
         row[: len(latent)] = torch.as_tensor(np.ascontiguousarray(latent), dtype=dtype)
     return out.transpose(1, 2)
+
+
+def stable_text(value: Any) -> str:
+    """JSON that is the same for the same values: mappings sorted, arrays and tensors by their bytes."""
+    return json.dumps(value, sort_keys=True, default=_array_text)
+
+
+def _array_text(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        value = value.float() if value.dtype == torch.bfloat16 else value
+    array = np.asarray(value)
+    if array.dtype == object:
+        return repr(value)
+    return [str(array.dtype), array.shape, hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,9 +18,10 @@ from torch import Tensor
 
 from attr_engine.errors import UserError
 from attr_engine.latents.audio import find_audio, read_audio
-from attr_engine.latents.memory import check_ids
+from attr_engine.latents.memory import check_ids, check_latent
 from attr_engine.latents.metadata import conditioning_of, read_metadata
 from attr_engine.latents.store import LatentWriter
+from attr_engine.models.checkpoint import read_json
 
 Progress = Callable[[int, int], None]
 # Silence after the end of a track that the encoder may look at, in frames.
@@ -92,11 +95,13 @@ def ingest_audio(
     Raises:
         UserError: anything unusable, by file.
     """
-    rows = read_metadata(metadata) if metadata is not None else {}
+    if hop is not None and not 0 < hop < math.inf:
+        raise UserError(f"a hop of {hop} seconds makes no windows: give seconds above 0")
+    rows = read_metadata(metadata, condition) if metadata is not None else {}
     files = find_audio(source)
     root = source if source.is_dir() else source.parent
     names = [p.relative_to(root).as_posix() for p in files]
-    ids = [str(rows.get(name, {}).get("id") or name) for name in names]
+    ids = [_id_of(rows.get(name, {}), name) for name in names]
     check_ids(ids)
     notes = []
     absent = [name for name in rows if name not in set(names)]
@@ -107,7 +112,7 @@ def ingest_audio(
     writer = LatentWriter(out, padding=silence_latent(encoder), extra=extra)
     count = 0
     for done, (path, name, track) in enumerate(zip(files, names, ids, strict=True)):
-        audio = read_audio(path, encoder.sample_rate, encoder.audio_channels)
+        audio, digest = read_audio(path, encoder.sample_rate, encoder.audio_channels), file_hash(path)
         if not audio.any():
             notes.append(f"{name} is digital silence")
         spans = _spans(audio.shape[1], frames, encoder, long, hop, path)
@@ -118,7 +123,8 @@ def ingest_audio(
             timing = {"seconds_start": start / encoder.sample_rate, "seconds_total": seconds}
             conditioning = {**timing, **conditioning_of(row, condition, name)}
             info = {"title": path.stem, **row, "source": name, "seconds": (stop - start) / encoder.sample_rate,
-                    "start": start / encoder.sample_rate, "parent": track if len(spans) > 1 else ""}  # fmt: skip
+                    "start": start / encoder.sample_rate, "parent": track if len(spans) > 1 else "",
+                    "sha256": digest}  # fmt: skip
             if kind:
                 info["kind"] = kind
             writer.add(
@@ -129,6 +135,20 @@ def ingest_audio(
             progress(done + 1, len(files))
     writer.close()
     return Report(count, tuple(notes))
+
+
+def _id_of(row: Mapping[str, Any], name: str) -> str:
+    """The id that the metadata give a file, else its name."""
+    return name if row.get("id") in (None, "") else str(row["id"])
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, in hex: a report only plays the very file that was ingested."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _spans(
@@ -158,12 +178,14 @@ def _encode(audio: np.ndarray, encoder: Encoder, frames: int) -> np.ndarray:
 
 def _load_array(path: Path) -> np.ndarray:
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+        # The map checks the size in the header against the file before memory is taken.
+        mapped = np.lib.format.open_memmap(path, mode="r")
+        return np.array(mapped)
+    except Exception as error:  # a damaged header is parsed as Python and raises what the parser raises
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"{path} cannot be read as a latent ({error}): save it with numpy.save, without pickle"
+            f"{path} cannot be read as a latent ({reason}): save it with numpy.save, without pickle"
         ) from error
-    return np.asarray(array)
 
 
 def _pre_encoded(source: Path) -> Iterator[tuple[str, np.ndarray, dict[str, Any]]]:
@@ -177,19 +199,41 @@ def _pre_encoded(source: Path) -> Iterator[tuple[str, np.ndarray, dict[str, Any]
             raise UserError(
                 f"{path} has no {described.name} beside it: it is not a pre-encoded folder, or use --kind arrays"
             )
-        try:
-            row = json.loads(described.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{described} is not valid JSON ({error}): encode again") from error
+        row = read_json(described, "description")
         latent = _load_array(path)
+        check_latent(latent, str(path))
         mask = row.pop("padding_mask", None)
         if mask is not None:
-            # The mask is a 0/1 list (sometimes nested), not bool; the last 1 ends the track.
-            ones = np.flatnonzero(np.asarray(mask).reshape(-1).astype(bool))
-            if len(ones) == 0:
-                raise UserError(f"{described} masks every frame: leave the track out")
-            latent = latent[:, : int(ones[-1]) + 1]
+            latent = latent[:, : _valid_frames(mask, latent.shape[1], described)]
         yield name, latent, row
+
+
+def _valid_frames(mask: Any, frames: int, described: Path) -> int:
+    """Place of the last 1 in a mask of 0 and 1 (int, not bool): a list, a list in a list, or for one frame a number."""
+    while isinstance(mask, list) and len(mask) == 1 and isinstance(mask[0], list):
+        mask = mask[0]
+    entries = mask if isinstance(mask, list) else [mask]
+    if not all(isinstance(x, int | float) and x in (0, 1) for x in entries):
+        raise UserError(f"{described} has a padding_mask that is not a list of 0 and 1: encode again")
+    valid = max((i + 1 for i, x in enumerate(entries) if x), default=0)
+    if valid == 0:
+        raise UserError(f"{described} masks every frame: leave the track out")
+    if valid > frames:
+        raise UserError(
+            f"{described} has a padding_mask with {valid} valid frames, the latent has {frames}: encode again"
+        )
+    return valid
+
+
+def _silence(source: Path, scale: float) -> np.ndarray | None:
+    """Latent of silence ``[C]`` of a pre-encoded folder, None where it has none."""
+    path = next(iter(sorted(source.rglob("silence.npy"))), None)
+    if path is None:
+        return None
+    array = _load_array(path)
+    array = array[0] if array.ndim == 3 and len(array) == 1 else array
+    array = array[:, None] if array.ndim == 1 else array
+    return np.asarray(check_latent(array, str(path)).astype(np.float64).mean(axis=0) / scale)
 
 
 def ingest_pre_encoded(
@@ -214,15 +258,11 @@ def ingest_pre_encoded(
     total = sum(1 for p in source.rglob("*.npy") if p.name != "silence.npy")
     if total == 0:
         raise UserError(f"{source} holds no .npy latents: check the path")
-    silence = next(iter(sorted(source.rglob("silence.npy"))), None)
-    padding = (
-        _load_array(silence).reshape(-1) / scale
-        if silence is not None and _load_array(silence).ndim == 1
-        else None
-    )
-    if silence is not None and padding is None:
-        padding = _load_array(silence).mean(axis=-1).reshape(-1) / scale
-    writer, seen, doubles, count = LatentWriter(out, padding=padding), set[str](), 0, 0
+    if not 0 < abs(scale) < math.inf:
+        raise UserError(
+            f"a scale of {scale} cannot divide latents: give the pretransform's scale from its config"
+        )
+    writer, seen, doubles, count = LatentWriter(out, padding=_silence(source, scale)), set[str](), 0, 0
     for done, (name, latent, row) in enumerate(_pre_encoded(source)):
         # An error while encoding puts another track's latent there: the same path and timestamps twice.
         origin = json.dumps(
@@ -241,7 +281,7 @@ def ingest_pre_encoded(
             }
             writer.add(
                 name,
-                (latent / latent.dtype.type(scale)),
+                (latent / np.promote_types(latent.dtype, np.float32).type(scale)).astype(latent.dtype),
                 {**timing, **conditioning_of(row, condition, name)},
                 info,
             )
@@ -253,6 +293,26 @@ def ingest_pre_encoded(
         (f"{doubles} files repeat the path and timestamps of another and were left out",) if doubles else ()
     )
     return Report(count, notes)
+
+
+def _open_archive(path: Path) -> np.lib.npyio.NpzFile:
+    try:
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("it is one array, not an archive")
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read ({error}): save it with numpy.savez") from error
+    return archive
+
+
+def _member(archive: np.lib.npyio.NpzFile, name: str, path: Path) -> np.ndarray:
+    try:
+        return np.asarray(archive[name])
+    except Exception as error:  # zip, zlib, or a header that is parsed as Python
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"{path}: the array {name!r} cannot be read ({reason}): save it with numpy.savez, without pickle"
+        ) from error
 
 
 def ingest_arrays(
@@ -267,7 +327,7 @@ def ingest_arrays(
     Raises:
         UserError: anything unusable, by file.
     """
-    rows = read_metadata(metadata) if metadata is not None else {}
+    rows = read_metadata(metadata, condition) if metadata is not None else {}
     items: list[tuple[str, Callable[[], np.ndarray]]]
     if source.suffix == ".npz":
         try:
@@ -284,7 +344,7 @@ def ingest_arrays(
     for done, (name, load) in enumerate(items):
         row = rows.get(name, rows.get(f"{name}.npy", {}))
         writer.add(
-            str(row.get("id") or name),
+            _id_of(row, name),
             load(),
             conditioning_of(row, condition, name),
             {"title": name, **row, "source": name},

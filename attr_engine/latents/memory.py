@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 
 from attr_engine.errors import UserError
-from attr_engine.latents.batch import Batch, pad
+from attr_engine.latents.batch import Batch, pad, stable_text
 
 
 class MemoryTracks:
@@ -25,7 +24,8 @@ class MemoryTracks:
         padding: ``[C]``, the latent of silence; default zeros.
 
     Raises:
-        UserError: duplicate ids, differing channels, no frames, NaN or infinity, by item.
+        UserError: duplicate ids, differing channels, no frames, NaN or infinity, by item, or a padding
+            that is no latent.
     """
 
     def __init__(
@@ -49,12 +49,14 @@ class MemoryTracks:
                 raise UserError(f"track {name!r} has {x.shape[1]} channels, the first one {self.channels}")
         self.lengths = np.array([len(x) for x in self._latents], dtype=np.int64)
         self._padding = padding
+        if self._latents:
+            check_padding(padding, self.channels, "the padding (latent of silence)")
         self.fingerprint = self._digest()
 
     def _digest(self) -> str:
         digest = hashlib.sha256()
         for name, x, c in zip(self.ids, self._latents, self.conditioning, strict=True):
-            digest.update(json.dumps([name, x.shape, str(x.dtype), c], sort_keys=True, default=str).encode())
+            digest.update(stable_text([name, x.shape, str(x.dtype), c]).encode())
             digest.update(np.ascontiguousarray(x).tobytes())
         if self._padding is not None:
             digest.update(np.ascontiguousarray(self._padding).tobytes())
@@ -64,9 +66,9 @@ class MemoryTracks:
         return len(self.ids)
 
     def batch(self, indices: Sequence[int], frames: int) -> Batch:
-        """Tracks at ``indices``, padded to ``frames``; latents float64 if the arrays are, else float32."""
+        """Tracks at ``indices``, padded to ``frames``; latents float64 if any array is, else float32."""
         chosen = [self._latents[i] for i in indices]
-        dtype = torch.float64 if chosen[0].dtype == np.float64 else torch.float32
+        dtype = torch.float64 if any(x.dtype == np.float64 for x in self._latents) else torch.float32
         return Batch(
             ids=[self.ids[i] for i in indices],
             latents=pad(chosen, frames, self._padding, dtype),
@@ -75,16 +77,48 @@ class MemoryTracks:
         )
 
 
-def check_ids(ids: Sequence[str]) -> None:
-    """Refuse empty and duplicate ids by name.
+_MAX_PADDING = 65504.0  # the largest float16
+
+
+def check_padding(padding: Any, channels: int, what: str) -> None:
+    """Refuse a padding that is neither None nor one finite number a channel.
 
     Raises:
-        UserError: an id is empty or stands twice.
+        UserError: starts with ``what``.
     """
-    seen: set[str] = set()
+    if padding is None:
+        return
+    try:
+        values = np.asarray(padding, dtype=np.float64)
+    except (ValueError, TypeError):
+        values = np.empty(0)
+    # NaN compares as False.
+    if isinstance(padding, str) or values.shape != (channels,) or not (abs(values) <= _MAX_PADDING).all():
+        raise UserError(f"{what} is not one finite number for each of the {channels} channels: encode silence again")
+
+
+def check_ids(ids: Sequence[str], seen: set[str] | None = None) -> None:
+    """Refuse empty and duplicate ids by name.
+
+    Args:
+        ids: the ids.
+        seen: ids that came before; the new ones are added.
+
+    Raises:
+        UserError: an id is empty, stands twice, or is not text that can be stored as UTF-8.
+    """
+    seen = set() if seen is None else seen
     for name in ids:
+        if not isinstance(name, str):
+            raise UserError(
+                f"the id {name!r} is {type(name).__name__}, expected text: give every track a str"
+            )
         if not name:
             raise UserError("a track has an empty id: give every track an id of its own")
+        if not name.isascii() and any("\ud800" <= x <= "\udfff" for x in name):
+            raise UserError(
+                f"the id {name!r} is not valid Unicode: rename the file, or give it an id in the metadata"
+            )
         if name in seen:
             raise UserError(f"the id {name!r} stands twice: ids must be unique, rename one of the two")
         seen.add(name)

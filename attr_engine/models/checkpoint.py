@@ -25,9 +25,11 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{what} {path} does not exist: check the path")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{what} {path} is not valid JSON ({error}): repair the file") from error
+    except OSError as error:
+        raise UserError(f"{what} {path} cannot be read ({error.strerror}): check its permissions") from error
     if not isinstance(value, dict):
         raise UserError(f"{what} {path} holds {type(value).__name__}, expected a JSON object")
     return value

@@ -61,13 +61,17 @@ def select_parameters(model: Denoiser, layers: Sequence[str]) -> dict[str, nn.Pa
         Name to parameter, in the module's order; a tied parameter stands once.
 
     Raises:
-        UserError: an entry is neither a known group nor a pattern that matches a parameter.
+        UserError: an entry is neither a known group nor a pattern that matches a parameter, or a
+            parameter of the group is frozen.
     """
     parameters = dict(model.module.named_parameters())
+    first = {id(p): name for name, p in parameters.items()}
+    # A tied parameter is found under each of its names, and stands under the first one.
+    names = {n: first[id(p)] for n, p in model.module.named_parameters(remove_duplicate=False)}
     chosen: set[str] = set()
     for entry in layers:
         patterns = ["*"] if entry == "all" else model.layer_groups.get(entry, [entry])
-        matched = {name for name in parameters for p in patterns if fnmatch.fnmatchcase(name, p)}
+        matched = {names[name] for name in names for p in patterns if fnmatch.fnmatchcase(name, p)}
         if not matched:
             groups = ", ".join(sorted({*model.layer_groups, "all"}))
             some = ", ".join(list(parameters)[:3])
@@ -78,4 +82,11 @@ def select_parameters(model: Denoiser, layers: Sequence[str]) -> dict[str, nn.Pa
         chosen |= matched
     if not chosen:
         raise UserError("no layers were named: use a group such as 'transformer', or 'all'")
-    return {name: p for name, p in parameters.items() if name in chosen}
+    group = {name: p for name, p in parameters.items() if name in chosen}
+    frozen = [name for name, p in group.items() if not p.requires_grad]
+    if frozen:
+        raise UserError(
+            f"{frozen[0]} is frozen ({len(frozen)} of {len(group)} parameters of the group): "
+            "call requires_grad_(True) on it, or leave it out of the layers"
+        )
+    return group
