@@ -49,30 +49,19 @@ def _train(args: argparse.Namespace) -> None:
     from attr_engine.latents import LatentDataset
     from attr_engine.latents.audio import find_audio, read_audio
     from attr_engine.models.autoencoder import BLOCK_NAME, load_autoencoder
+    from attr_engine.models.lapped import fit_autoencoder
     from attr_engine.models.stable_audio import CONFIG_NAME
 
     out = Path(args.out)
     if (out / (BLOCK_NAME if args.what == "autoencoder" else CONFIG_NAME)).exists():
         raise UserError(f"{out} already holds a trained model: use it, or choose another --out")
     if args.what == "autoencoder":
-        files = find_audio(Path(args.source))
-        show = progress.bar("reading", "file")
-        clips = []
+        files, show, clips = find_audio(Path(args.source)), progress.bar("reading", "file"), []
         for n, path in enumerate(files):
             clips.append(read_audio(path, args.sample_rate, 1))
             show(n + 1, len(files))
-        block = train.autoencoder_config(args.sample_rate, 1, args.width, args.latent)
-        loss = train.train_autoencoder(
-            block,
-            args.sample_rate,
-            clips,
-            out,
-            args.steps,
-            args.batch,
-            args.lr,
-            args.seed,
-            progress.bar("training", "step"),
-        )
+        ratio = fit_autoencoder(clips, args.sample_rate, out, args.channels, args.hop)
+        print(f"written to {out}; signal-to-noise ratio of what it keeps: {ratio:.1f} dB")
     else:
         tracks = LatentDataset(args.source)
         autoencoder = load_autoencoder(args.autoencoder) if args.autoencoder else None
@@ -98,7 +87,19 @@ def _train(args: argparse.Namespace) -> None:
             args.seed,
             progress.bar("training", "step"),
         )
-    print(f"written to {out}; mean loss of the last tenth of {args.steps} steps: {loss:.4f}")
+        print(f"written to {out}; mean loss of the last tenth of {args.steps} steps: {loss:.4f}")
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from attr_engine.generate import generate
+    from attr_engine.latents import LatentDataset
+    from attr_engine.models.stable_audio import load_model
+
+    model = load_model(args.model, args.weights or None, device=args.device)
+    generate(
+        model, LatentDataset(args.data), args.count, Path(args.out), args.seed, args.steps, args.guidance
+    )
+    print(f"{args.count} pieces written to {args.out}, their audio to {Path(args.out) / 'audio'}")
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -148,7 +149,7 @@ def _doctor(args: argparse.Namespace) -> None:
 
 
 _COMMANDS: dict[str, Any] = {
-    "ingest": _ingest, "train": _train, "fisher": _run, "unlearn": _run, "score": _run, "attribute": _run,
+    "ingest": _ingest, "train": _train, "generate": _generate, "fisher": _run, "unlearn": _run, "score": _run, "attribute": _run,
     "report": _run, "demo": _demo, "doctor": _doctor,
 }  # fmt: skip
 
@@ -164,6 +165,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _COMMANDS[args.command](args)
     except UserError as error:
         print(f"attr-engine: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, a folder without permission, a file that went away
+        print(f"attr-engine: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("attr-engine: interrupted; the same command carries on", file=sys.stderr)

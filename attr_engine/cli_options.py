@@ -142,49 +142,55 @@ def _add_ingest(commands: Any) -> None:
 
 
 def _add_train(commands: Any) -> None:
-    p = _command(commands, "train", "train a small autoencoder or diffusion model (for the demo, for retraining)", """examples:
-  attr-engine train autoencoder music/ --steps 2000 --width 64 --out autoencoder
+    p = _command(commands, "train", "make a small autoencoder or train a small diffusion model", """examples:
+  attr-engine train autoencoder music/ --out autoencoder
   attr-engine train diffusion latents --autoencoder autoencoder --condition seconds_total --out model
+
+The autoencoder is fitted in closed form (principal components of a lapped transform), in seconds. The diffusion
+model is a stable-audio-tools DiT, trained without masking.
 """)  # fmt: skip
     p.add_argument("what", choices=("autoencoder", "diffusion"))
     p.add_argument("source", help="folder of audio (autoencoder) or data set (diffusion)")
     p.add_argument("--out", required=True, help="folder of the model; a stopped training carries on there")
-    p.add_argument("--steps", type=int, default=2000, help="optimiser steps (default: 2000)")
-    p.add_argument("--batch", type=int, default=16, help="items a step (default: 16)")
-    p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default: 1e-3)")
-    p.add_argument("--seed", type=int, default=0, help="seed (default: 0)")
-    p.add_argument(
-        "--width",
-        type=int,
-        default=128,
-        help="channels (autoencoder) or embedding width (diffusion; default: 128)",
+    g = p.add_argument_group("autoencoder")
+    g.add_argument("--sample-rate", type=int, default=16000, help="Hz (default: 16000)")
+    g.add_argument("--hop", type=int, default=512, help="samples a latent frame (default: 512)")
+    g.add_argument("--channels", type=int, default=64, help="channels of the latent (default: 64)")
+    g = p.add_argument_group("diffusion")
+    g.add_argument(
+        "--autoencoder", default="", help="its latents are the data; it goes into the model folder"
     )
-    p.add_argument("--depth", type=int, default=4, help="transformer layers (default: 4)")
-    p.add_argument("--patch", type=int, default=8, help="latent frames a token (default: 8)")
-    p.add_argument(
-        "--frames",
-        type=int,
-        default=0,
-        help="padded length of the model in frames (default: the longest track)",
+    g.add_argument("--config", default="", help="a stable-audio-tools model config instead of one made here")
+    g.add_argument("--condition", nargs="+", default=["seconds_total"], metavar="NAME",
+                   help="conditioning of the model (default: seconds_total)")  # fmt: skip
+    g.add_argument("--width", type=int, default=128, help="embedding width, a multiple of 32 (default: 128)")
+    g.add_argument("--depth", type=int, default=4, help="transformer layers (default: 4)")
+    g.add_argument("--patch", type=int, default=16, help="latent frames a token (default: 16)")
+    g.add_argument(
+        "--frames", type=int, default=0, help="padded length in frames (default: the longest track)"
     )
-    p.add_argument("--latent", type=int, default=32, help="channels of the latent (autoencoder; default: 32)")
-    p.add_argument("--sample-rate", type=int, default=16000, help="Hz (autoencoder; default: 16000)")
+    g.add_argument("--objective", choices=("v", "rectified_flow"), default="v", help="default: v")
+    g.add_argument("--steps", type=int, default=2000, help="optimiser steps (default: 2000)")
+    g.add_argument("--batch", type=int, default=16, help="tracks a step (default: 16)")
+    g.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default: 1e-3)")
+    g.add_argument("--seed", type=int, default=0, help="of order, noise and initial weights (default: 0)")
+
+
+def _add_generate(commands: Any) -> None:
+    p = _command(commands, "generate", "sample pieces from a model, as queries", """examples:
+  attr-engine generate --model model --data latents --count 8 --out generated
+""")  # fmt: skip
+    p.add_argument("--model", required=True, help="model folder, or the model's JSON config")
+    p.add_argument("--weights", default="", help="checkpoint where --model is a JSON config")
     p.add_argument(
-        "--objective", choices=("v", "rectified_flow"), default="v", help="diffusion objective (default: v)"
+        "--data", required=True, help="training tracks: pieces get the conditioning of some of them"
     )
-    p.add_argument("--autoencoder", default="", help="its latents are the data; goes into the model folder")
-    p.add_argument(
-        "--config",
-        default="",
-        help="a stable-audio-tools model config instead of one made from --width, --depth, ...",
-    )
-    p.add_argument(
-        "--condition",
-        nargs="+",
-        default=["seconds_total"],
-        metavar="NAME",
-        help="conditioning of the model (default: seconds_total)",
-    )
+    p.add_argument("--count", type=int, default=4, help="how many pieces (default: 4)")
+    p.add_argument("--out", required=True, help="folder of the data set; out/audio gets FLAC files")
+    p.add_argument("--seed", type=int, default=0, help="of the choice and the sampler (default: 0)")
+    p.add_argument("--steps", type=int, default=60, help="sampler steps (default: 60)")
+    p.add_argument("--guidance", type=float, default=3.0, help="classifier-free guidance (default: 3)")
+    p.add_argument("--device", default="cpu", help="torch device (default: cpu)")
 
 
 def _command(commands: Any, name: str, text: str, examples: str) -> argparse.ArgumentParser:
@@ -209,6 +215,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="command")
     _add_ingest(commands)
     _add_train(commands)
+    _add_generate(commands)
     for name, text in _RUN_TEXTS.items():
         p = _command(commands, name, text, _RUN_EXAMPLES.format(name))
         p.add_argument("--out", required=True, help="run directory; the same command carries on there")

@@ -38,7 +38,7 @@ def load_job(run: Run) -> Job:
         ) from error
     model = load_model(s.model, s.weights or None, s.dtype, s.device, s.ema)
     tracks = LatentDataset(s.data)
-    queries = _load_queries(run, model, Path(s.queries)) if s.queries else None
+    queries = [_load_queries(run, model, Path(path)) for path in s.queries]
     return Job(run, model, tracks, make_queries(tracks, queries, s.self_influence))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -89,18 +89,14 @@ UPDATE_SETTINGS = (*_FISHER_SETTINGS, "unit", "steps", "damping", "mask_update",
 
 
 def make_queries(
-    tracks: Tracks, queries: Tracks | None, self_influence: tuple[str, ...]
+    tracks: Tracks, queries: Sequence[Tracks], self_influence: Sequence[str] = ()
 ) -> tuple[Query, ...]:
-    """Queries of a run: those of a set, and training tracks by id.
+    """Queries of a run: every track of some sets, and training tracks by id.
 
     Raises:
         UserError: no query at all, an id that is not a training track, or an id that stands twice.
     """
-    out = (
-        [Query(queries, i, str(queries.info[i].get("kind", "query"))) for i in range(len(queries))]
-        if queries is not None
-        else []
-    )
+    out = [Query(q, i, str(q.info[i].get("kind", "query"))) for q in queries for i in range(len(q))]
     where = {name: i for i, name in enumerate(tracks.ids)}
     for name in self_influence:
         if name not in where:
@@ -138,12 +134,14 @@ def check(job: Job) -> None:
 
 
 def fisher_stage(job: Job) -> Fisher:
-    """Fit the Fisher, or read it."""
+    """Fit the Fisher, or read it; the settings are written down first."""
     s, path = job.run.settings, job.run.path / FISHER
-    key = job.key(*_FISHER_SETTINGS)
+    key, checkpoint = job.key(*_FISHER_SETTINGS), job.run.path / "fisher-so-far.safetensors"
+    job.run.record()
     if path.exists():
-        return Fisher.load(path, key)
-    checkpoint = job.run.path / "fisher-so-far.safetensors"
+        fisher = Fisher.load(path, key)
+        checkpoint.unlink(missing_ok=True)
+        return fisher
     with job.run.stage("fisher"):
         fisher = fit_fisher(
             job.model, job.tracks, s.layers, job.plan, s.fisher_draws, s.mask_fisher, checkpoint, key,
@@ -187,7 +185,9 @@ def score_stage(job: Job) -> Effects:
     queries = [(q.id, q.tracks.fingerprint) for q in job.queries]
     key = key_of(job.key(*UPDATE_SETTINGS, "strengths", "mask_score", "score_draws", "unit_tracks"), queries)
     if (folder / EFFECTS).exists():
-        return _effects(load_tensors(folder / EFFECTS, key)[0])
+        effects = _effects(load_tensors(folder / EFFECTS, key)[0])
+        shutil.rmtree(folder / "units", ignore_errors=True)
+        return effects
     update_key = job.key(*UPDATE_SETTINGS)
     loads: list[Callable[[], Update]] = [
         partial(Update.load, job.update_path(q, x), key_of(update_key, q.tracks.fingerprint))
@@ -281,7 +281,7 @@ def run_job(job: Job) -> Attribution:
 def attribute(
     model: Denoiser,
     tracks: Tracks,
-    queries: Tracks | None = None,
+    queries: Tracks | Sequence[Tracks] | None = None,
     settings: Settings | None = None,
     out: str | Path | None = None,
 ) -> Attribution:
@@ -290,7 +290,8 @@ def attribute(
     Args:
         model: theta_0.
         tracks: the training tracks.
-        queries: the queries; may be None where ``settings.self_influence`` names training tracks.
+        queries: a set of queries, or several; may be left out where ``settings.self_influence`` names
+            training tracks.
         settings: paths in it are not read here; everything else is.
         out: run directory, kept; the same call carries on there. Default: a temporary one.
 
@@ -305,7 +306,8 @@ def attribute(
         with tempfile.TemporaryDirectory(prefix="attr-engine-") as folder:
             return attribute(model, tracks, queries, settings, folder)
     with open_run(out, settings) as run:
-        job = Job(run, model, tracks, make_queries(tracks, queries, settings.self_influence))
+        sets: Any = queries if isinstance(queries, list | tuple) else [] if queries is None else [queries]
+        job = Job(run, model, tracks, make_queries(tracks, sets, settings.self_influence))
         result = run_job(job)
         drop_updates(job)
         return result

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from attr_engine.errors import UserError
+from attr_engine.files import whole_file
 
 FORMAT = "attr_engine.scores/1"
 _COLUMNS = ("query", "strength", "function", "track", "rank", "score", "standard_error")
@@ -125,9 +125,8 @@ class Attribution:
         """Write one row a (query, strength, function, track): score, standard error, rank."""
         import pyarrow.parquet as pq
 
-        part = Path(f"{path}.part")
-        pq.write_table(self._table(), part)
-        os.replace(part, path)
+        with whole_file(Path(path)) as part:
+            pq.write_table(self._table(), part)
 
     def to_csv(self, path: str | Path) -> None:
         """Write the same rows as :meth:`to_parquet` as CSV."""
@@ -143,9 +142,8 @@ class Attribution:
                 for name in _COLUMNS
             }
         )
-        part = Path(f"{path}.part")
-        pc.write_csv(plain, part)
-        os.replace(part, path)
+        with whole_file(Path(path)) as part:
+            pc.write_csv(plain, part)
 
     @staticmethod
     def from_parquet(path: str | Path) -> Attribution:

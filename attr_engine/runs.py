@@ -13,22 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from attr_engine.errors import UserError
+from attr_engine.files import write_json
 from attr_engine.settings import Settings, differences, read_settings, to_json
 
 CONFIG, ENVIRONMENT, TIMINGS = "config.json", "environment.json", "timings.json"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file under its name only once it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON under its name only once it is whole."""
-    write_text(path, json.dumps(value, indent=2, default=str) + "\n")
 
 
 def key_of(*parts: Any) -> str:
@@ -68,6 +56,18 @@ class Run:
     def __init__(self, path: Path, settings: Settings) -> None:
         self.path, self.settings = path, settings
 
+    def record(self) -> None:
+        """Bind the directory to the settings, before its first result: a refused call binds nothing.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        try:
+            write_json(self.path / CONFIG, to_json(self.settings))
+            write_json(self.path / ENVIRONMENT, environment())
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time a stage; seconds of resumed stages add up in ``timings.json``."""
@@ -98,9 +98,7 @@ def open_run(path: str | Path, settings: Settings) -> Iterator[Run]:
         root.mkdir(parents=True, exist_ok=True)
         lock = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise UserError(
-            f"the run directory {root} cannot be written ({error.strerror}): choose another --out"
-        ) from error
+        raise _unwritable(root, error) from error
     try:
         _take(lock, root)
         config = root / CONFIG
@@ -110,11 +108,13 @@ def open_run(path: str | Path, settings: Settings) -> Iterator[Run]:
                 raise UserError(
                     f"{root} holds a run with other settings ({'; '.join(changed)}): use the same, or another --out"
                 )
-        write_json(config, to_json(settings))
-        write_json(root / ENVIRONMENT, environment())
         yield Run(root, settings)
     finally:
         os.close(lock)
+
+
+def _unwritable(root: Path, error: OSError) -> UserError:
+    return UserError(f"the run directory {root} cannot be written ({error.strerror}): choose another --out")
 
 
 def _take(lock: int, root: Path) -> None:

@@ -29,7 +29,9 @@ class Settings:
     )
     weights: str = _option("", "checkpoint (.safetensors or .ckpt) where --model is a JSON config")
     data: str = _option("", "training tracks: a folder made by attr-engine ingest")
-    queries: str = _option("", "queries: a folder made by attr-engine ingest, or audio (a file or a folder)")
+    queries: tuple[str, ...] = _option(
+        (), "queries: folders made by attr-engine ingest or generate, or audio (files or folders)"
+    )
     self_influence: tuple[str, ...] = _option((), "ids of training tracks that are unlearned as queries too")
     layers: tuple[str, ...] = _option(
         ("transformer",),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,21 +10,18 @@ from typing import Any
 from torch import Tensor
 
 from attr_engine.errors import UserError
+from attr_engine.files import whole_file
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
     """Write tensors and JSON metadata; the final name appears only once the bytes are on disk."""
     from safetensors.torch import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     # safetensors sorts by name; sums over tensors are the same bits only in the same order.
     header = {"attr_engine": json.dumps(dict(meta)), "order": json.dumps(list(plain))}
-    save_file(plain, part, metadata=header)
-    with open(part, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    with whole_file(path) as part:
+        save_file(plain, part, metadata=header)
 
 
 def load_tensors(path: Path, key: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -18,51 +18,17 @@ from torch import Tensor, nn
 
 from attr_engine import kernels
 from attr_engine.errors import UserError
+from attr_engine.files import write_json
 from attr_engine.latents.batch import Tracks, check_tracks
 from attr_engine.models import checkpoint
-from attr_engine.models.autoencoder import BLOCK_NAME, WEIGHTS_NAME, Autoencoder, create_pretransform
+from attr_engine.models.autoencoder import Autoencoder
 from attr_engine.models.stable_audio import CONFIG_NAME, create_model, quiet, save_model
-from attr_engine.runs import key_of, write_json
+from attr_engine.runs import key_of
 from attr_engine.tensorfile import load_tensors, save_tensors
 
 Progress = Callable[[int, int], None]
 _STATE = "training-so-far.safetensors"
 _SECONDS_BETWEEN_CHECKPOINTS = 60.0
-
-
-def autoencoder_config(
-    sample_rate: int, audio_channels: int = 1, width: int = 64, latent: int = 32
-) -> dict[str, Any]:
-    """A small Oobleck VAE on patches of 64 samples: 1024 samples a frame, cheap enough for a CPU."""
-    conv = {"channels": width, "c_mults": [1, 2], "strides": [4, 4], "use_snake": True}
-    return {
-        "type": "autoencoder",
-        "scale": 1.0,
-        "config": {
-            "encoder": {
-                "type": "oobleck",
-                "config": {"in_channels": 64 * audio_channels, "latent_dim": 2 * latent, **conv},
-            },
-            "decoder": {
-                "type": "oobleck",
-                "config": {
-                    "out_channels": 64 * audio_channels,
-                    "latent_dim": latent,
-                    "final_tanh": False,
-                    **conv,
-                },
-            },
-            "bottleneck": {"type": "vae"},
-            "latent_dim": latent,
-            "downsampling_ratio": 1024,
-            "io_channels": audio_channels,
-            "pretransform": {
-                "type": "patched",
-                "enable_grad": True,
-                "config": {"channels": audio_channels, "patch_size": 64},
-            },
-        },
-    }
 
 
 def diffusion_config(
@@ -199,90 +165,6 @@ class _Loop:
     def done(self) -> None:
         """Drop the state: the model is written."""
         self.path.unlink(missing_ok=True)
-
-
-def train_autoencoder(
-    block: Mapping[str, Any], sample_rate: int, clips: Sequence[np.ndarray], out: Path, steps: int,
-    batch: int = 8, lr: float = 1e-3, seed: int = 0, progress: Progress | None = None,
-) -> float:  # fmt: skip
-    """Train an autoencoder on spectra and waveform, then write its folder.
-
-    Args:
-        block: a pretransform config of type ``autoencoder``.
-        sample_rate: Hz of the clips.
-        clips: float32 ``[channels, samples]`` recordings.
-        out: folder for ``pretransform.json`` and the weights; training resumes there.
-        steps: optimiser steps.
-        batch: crops of 32 frames a step.
-        lr: peak learning rate.
-        seed: of crops and initial weights.
-        progress: called with (steps done, steps).
-
-    Returns:
-        Mean loss of the last tenth of the steps.
-    """
-    import auraloss
-
-    torch.manual_seed(seed)
-    model = create_pretransform(block, sample_rate, "autoencoder config").model
-    # In training mode its residual units recompute their activations; there is memory enough here.
-    model.eval().requires_grad_(True)
-    crop, last = 32 * int(model.downsampling_ratio), clips[-1].shape[0]
-    weights = np.array([c.shape[1] for c in clips], dtype=np.float64)
-    spectra = auraloss.freq.MultiResolutionSTFTLoss(
-        fft_sizes=[2048, 1024, 256], hop_sizes=[512, 256, 64], win_lengths=[2048, 1024, 256]
-    )
-
-    def crops(step: int) -> Tensor:
-        rng, out = np.random.default_rng([seed, step]), np.zeros((batch, last, crop), dtype=np.float32)
-        for row, i in zip(out, rng.choice(len(clips), size=batch, p=weights / weights.sum()), strict=True):
-            start = int(rng.integers(0, max(1, clips[i].shape[1] - crop + 1)))
-            piece = clips[i][:, start : start + crop]
-            row[:, : piece.shape[1]] = piece
-        return torch.from_numpy(out)
-
-    def loss_of_step(step: int) -> Tensor:
-        audio = crops(step)
-        torch.manual_seed(seed * 1_000_003 + step)  # the bottleneck samples
-        latents, info = model.encode(audio, return_info=True)
-        decoded = model.decode(latents)
-        return spectra(decoded, audio) + 10.0 * (decoded - audio).abs().mean() + 1e-4 * info["kl"]
-
-    key = key_of(block, sample_rate, steps, batch, lr, seed, len(clips), float(weights.sum()))
-    loop = _Loop(dict(model.named_parameters()), out, key, steps, lr)
-    loss = loop.run(loss_of_step, progress)
-    _write_autoencoder(model, block, sample_rate, clips, out)
-    loop.done()
-    return loss
-
-
-def _write_autoencoder(
-    model: Any, block: Mapping[str, Any], sample_rate: int, clips: Sequence[np.ndarray], out: Path
-) -> None:
-    """Weights in float16, and the scale that gives latents of the clips unit variance."""
-    half = {name: value.half() for name, value in model.state_dict().items()}
-    model.load_state_dict({name: value.float() for name, value in half.items()})
-    frame, rng = int(model.downsampling_ratio), np.random.default_rng(0)
-    means = []
-    with torch.no_grad():
-        for i in rng.permutation(len(clips))[:64]:
-            whole = clips[i].shape[1] // frame * frame
-            if whole:
-                audio = torch.from_numpy(clips[i][None, :, : min(whole, 256 * frame)])
-                means.append(model.encode(audio, skip_bottleneck=True).chunk(2, dim=1)[0].flatten())
-    from safetensors.torch import save_file
-
-    out.mkdir(parents=True, exist_ok=True)
-    part = out / (WEIGHTS_NAME + ".part")
-    save_file({name: value.contiguous() for name, value in half.items()}, part)
-    part.replace(out / WEIGHTS_NAME)
-    write_json(
-        out / BLOCK_NAME,
-        {
-            "sample_rate": sample_rate,
-            "pretransform": {**block, "scale": round(float(torch.cat(means).std()), 4)},
-        },
-    )
 
 
 def train_diffusion(

@@ -12,8 +12,9 @@ import numpy as np
 from attr_engine import pipeline, progress, train
 from attr_engine.cli_options import print_top
 from attr_engine.demo.corpus import write_corpus
+from attr_engine.generate import generate
 from attr_engine.jobs import load_job
-from attr_engine.latents import LatentDataset, LatentWriter
+from attr_engine.latents import LatentDataset
 from attr_engine.latents.audio import find_audio, read_audio
 from attr_engine.latents.ingest import ingest_audio
 from attr_engine.latents.store import MANIFEST
@@ -26,7 +27,6 @@ from attr_engine.settings import Settings
 
 SAMPLE_RATE, FRAMES, PATCH = 16000, 752, 16
 CONDITION = ("lead", "style", "tempo")
-_GUIDANCE, _SAMPLER_STEPS = 3.0, 60
 
 
 @dataclass(frozen=True)
@@ -83,56 +83,19 @@ def _train(out: Path, tracks: LatentDataset, encoder: Autoencoder, scale: Scale)
     )
 
 
-def _generate(
-    out: Path, model_path: Path, tracks: LatentDataset, held_out: LatentDataset, scale: Scale
-) -> None:
-    """Write the queries: pieces from the model's own sampler, then the held-out ones."""
-    if (out / MANIFEST).exists():
-        return
-    import soundfile
-
-    model, audio_root = load_model(model_path), Path(held_out.extra["root"])
-    rng = np.random.default_rng(2026)
-    prompts = [
-        dict(tracks.conditioning[int(i)]) for i in rng.choice(len(tracks), scale.generated, replace=False)
-    ]
-    latents = model.sample(prompts, seed=7, steps=_SAMPLER_STEPS, guidance=_GUIDANCE)
-    writer = LatentWriter(out, padding=tracks.padding, extra=held_out.extra)
-    for n, (prompt, latent) in enumerate(zip(prompts, latents, strict=True)):
-        seconds = float(prompt["seconds_total"])
-        frames = min(FRAMES, -(-int(seconds * SAMPLE_RATE) // model.samples_per_frame))
-        kept = latent[:, :frames]
-        sound = model.decode(kept[None])[0, 0].cpu().numpy()
-        name = f"generated-{n}"
-        soundfile.write(
-            audio_root / f"{name}.flac", sound / max(1.0, float(np.abs(sound).max())), SAMPLE_RATE
-        )
-        about = ", ".join(f"{k} {prompt[k]}" for k in CONDITION)
-        info = {
-            "title": f"Generated piece {n + 1} ({about})",
-            "source": f"{name}.flac",
-            "seconds": seconds,
-            "kind": "generated",
-        }
-        writer.add(name, np.ascontiguousarray(kept.cpu().numpy()), prompt, info)
-    for i in range(len(held_out)):
-        batch = held_out.batch([i], FRAMES)
-        latent = batch.latents[0, :, : int(batch.valid[0])].numpy()
-        writer.add(held_out.ids[i], np.ascontiguousarray(latent), held_out.conditioning[i], held_out.info[i])
-    writer.close()
+def _generate(out: Path, model_path: Path, tracks: LatentDataset, scale: Scale) -> None:
+    if not (out / MANIFEST).exists():
+        generate(load_model(model_path), tracks, scale.generated, out, seed=7)
 
 
 def _targets(tracks: LatentDataset, count: int) -> tuple[str, ...]:
     """Training tracks to unlearn: a quarter of them shorter than 4 s, spread evenly, one of a family at most."""
     order = np.random.default_rng(40).permutation(len(tracks))
     short = [i for i in order if float(tracks.info[i]["seconds"]) < 4.0][: max(1, count // 4)]
-    chosen, families = (
-        list(short),
-        {tracks.info[i].get("family") for i in short if tracks.info[i].get("family")},
-    )
+    chosen, families = list(short), set[str]()
     for i in order:
-        family = tracks.info[i].get("family")
-        if len(chosen) < count and i not in chosen and (not family or family not in families):
+        family = str(tracks.info[i].get("family") or tracks.ids[i])
+        if len(chosen) < count and i not in chosen and family not in families:
             chosen.append(i)
             families.add(family)
     chosen += [i for i in order if i not in chosen][: count - len(chosen)]
@@ -160,15 +123,15 @@ def run_demo(out: Path, full: bool = False, scale: Scale | None = None) -> Path:
     _say(start, "2/6 fitting a small autoencoder to them and encoding them (about 40 s)")
     encoder = _autoencoder(out / "autoencoder", out / "audio" / "train")
     tracks = _ingest(out / "audio" / "train", out / "latents", encoder)
-    held_out = _ingest(out / "audio" / "queries", out / "held-out", encoder, kind="held-out")
+    _ingest(out / "audio" / "queries", out / "held-out", encoder, kind="held-out")
     _say(start, f"3/6 training a stable-audio-tools DiT, {scale.steps} steps (about 2 min)")
     _train(out / "model", tracks, encoder, scale)
     _say(start, f"4/6 generating {scale.generated} pieces with the model's own sampler (about 20 s)")
-    _generate(out / "queries", out / "model", tracks, held_out, scale)
+    _generate(out / "generated", out / "model", tracks, scale)
     settings = Settings(
         model=str(out / "model"),
         data=str(out / "latents"),
-        queries=str(out / "queries"),
+        queries=(str(out / "generated"), str(out / "held-out")),
         self_influence=_targets(tracks, scale.targets),
         strengths=scale.strengths,
         score_draws=scale.score_draws,

@@ -40,18 +40,34 @@ def _reason(error: Exception) -> str:
     return str(getattr(error, "error_string", "") or error).strip().rstrip(".")
 
 
-def _part_present(path: Path, info: Any, samples: int) -> float:
-    """The part of the declared audio that is really there; libsndfile reads a cut file without a word."""
+def _has_last_page(path: Path) -> bool:
+    """Whether an Ogg file ends with a whole page that is marked as the last one."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - (1 << 17)))  # a page has at most 65,307 bytes
+        tail = file.read()
+    page = tail[tail.rfind(b"OggS") :]
+    if not page.startswith(b"OggS") or len(page) < 27:
+        return False
+    segments = page[26]
+    return bool(page[5] & 4) and len(page) >= 27 + segments + sum(page[27 : 27 + segments])
+
+
+def _missing(path: Path, info: Any, samples: int) -> str:
+    """What a file announces and does not hold, empty where all is there; libsndfile reads a cut file without a word."""
+    if info.format == "OGG":
+        return "" if _has_last_page(path) else "its last page"
     if info.format == "MP3":
         with open(path, "rb") as file:
-            head = file.read(1 << 16)
-        return samples / max(info.frames, 1) if _COUNTED_MP3.search(head) else 1.0  # else it is an estimate
-    found = re.search(r"^data : (\d+) \(should be (\d+)\)", info.extra_info, re.MULTILINE) or re.search(
-        r"Chunk size (\d+) > file length (\d+)", info.extra_info
-    )
-    if not found or not 0 < int(found[1]) < _UNKNOWN_LENGTH:
-        return 1.0
-    return int(found[2]) / int(found[1])
+            counted = _COUNTED_MP3.search(file.read(1 << 16))
+        # Without a count, info.frames is an estimate.
+        part = samples / max(info.frames, 1) if counted else 1.0
+    else:
+        found = re.search(r"^data : (\d+) \(should be (\d+)\)", info.extra_info, re.MULTILINE) or re.search(
+            r"Chunk size (\d+) > file length (\d+)", info.extra_info
+        )
+        known = found is not None and 0 < int(found[1]) < _UNKNOWN_LENGTH
+        part = int(found[2]) / int(found[1]) if found is not None and known else 1.0
+    return f"{1 - part:.0%} of it" if part < 0.99 else ""
 
 
 def read_audio(path: Path, sample_rate: int, channels: int) -> np.ndarray:
@@ -87,10 +103,8 @@ def read_audio(path: Path, sample_rate: int, channels: int) -> np.ndarray:
         ) from error
     if len(audio) == 0:
         raise UserError(f"{path} holds no samples: leave it out")
-    if (part := _part_present(path, info, len(audio))) < 0.99:
-        raise UserError(
-            f"{path} is cut short, {part:.0%} of it is there: get the whole file, or leave it out"
-        )
+    if missing := _missing(path, info, len(audio)):
+        raise UserError(f"{path} is cut short ({missing} is missing): get the whole file, or leave it out")
     if not np.isfinite(audio).all():
         raise UserError(f"{path} holds NaN or infinity: convert it again, or leave it out")
     if channels == 1:

@@ -94,7 +94,9 @@ def check_padding(padding: Any, channels: int, what: str) -> None:
         values = np.empty(0)
     # NaN compares as False.
     if isinstance(padding, str) or values.shape != (channels,) or not (abs(values) <= _MAX_PADDING).all():
-        raise UserError(f"{what} is not one finite number for each of the {channels} channels: encode silence again")
+        raise UserError(
+            f"{what} is not one finite number for each of the {channels} channels: encode silence again"
+        )
 
 
 def check_ids(ids: Sequence[str], seen: set[str] | None = None) -> None:

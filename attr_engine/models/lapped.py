@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from attr_engine.errors import UserError
+from attr_engine.files import whole_file, write_json
 from attr_engine.models.autoencoder import BLOCK_NAME, WEIGHTS_NAME, create_pretransform
-from attr_engine.runs import write_json
 
 # Bins are weighted by frequency^_TILT before the components are taken: energy alone would spend them all on the bass.
 _TILT = 0.25
@@ -36,7 +36,7 @@ def mdct(hop: int) -> np.ndarray:
     return np.asarray(np.sqrt(2.0 / hop) * window[None] * waves)
 
 
-def config(sample_rate: int, channels: int = 64, hop: int = 512) -> dict[str, Any]:
+def config(channels: int = 64, hop: int = 512) -> dict[str, Any]:
     """The pretransform's block of a stable-audio-tools model config: linear, ``hop`` samples a frame."""
     layers = {"channels": channels, "c_mults": [], "strides": [], "use_snake": True, "latent_dim": channels}
     return {
@@ -160,12 +160,10 @@ def fit_autoencoder(
     from safetensors.torch import save_file
 
     analysis, synthesis, ratio = components(clips, channels, hop)
-    block = config(sample_rate, channels, hop)
+    block = config(channels, hop)
     model = create_pretransform(block, sample_rate, "autoencoder config").model
     _make_linear(model, analysis, synthesis)
-    out.mkdir(parents=True, exist_ok=True)
-    part = out / (WEIGHTS_NAME + ".part")
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, part)
-    part.replace(out / WEIGHTS_NAME)
+    with whole_file(out / WEIGHTS_NAME) as part:
+        save_file({name: value.contiguous() for name, value in model.state_dict().items()}, part)
     write_json(out / BLOCK_NAME, {"sample_rate": sample_rate, "pretransform": block})
     return ratio

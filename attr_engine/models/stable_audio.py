@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from attr_engine.errors import UserError
+from attr_engine.files import whole_file, write_json
 from attr_engine.models import checkpoint
 
 LAYER_GROUPS: dict[str, tuple[str, ...]] = {
@@ -267,12 +268,7 @@ def save_model(wrapper: nn.Module, config: Mapping[str, Any], out: Path) -> None
     """Write a model folder that :func:`load_model` reads; the configuration comes last."""
     from safetensors.torch import save_file
 
-    out.mkdir(parents=True, exist_ok=True)
-    part = out / (WEIGHTS_NAME + ".part")
-    save_file(
-        {name: value.detach().contiguous().clone() for name, value in wrapper.state_dict().items()}, part
-    )
-    part.replace(out / WEIGHTS_NAME)
-    part = out / (CONFIG_NAME + ".part")
-    part.write_text(json.dumps(config, indent=2), encoding="utf-8")
-    part.replace(out / CONFIG_NAME)
+    tensors = {name: value.detach().contiguous().clone() for name, value in wrapper.state_dict().items()}
+    with whole_file(out / WEIGHTS_NAME) as part:
+        save_file(tensors, part)
+    write_json(out / CONFIG_NAME, config)

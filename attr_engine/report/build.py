@@ -12,6 +12,7 @@ import torch
 
 from attr_engine import progress
 from attr_engine.errors import UserError
+from attr_engine.files import write_json
 from attr_engine.latents.audio import read_audio
 from attr_engine.latents.batch import Tracks
 from attr_engine.pipeline import UPDATE_SETTINGS, Job, fisher_stage, update_stage
@@ -21,7 +22,7 @@ from attr_engine.report.page import write_report
 from attr_engine.report.shares import shares
 from attr_engine.report.tables import controls_of, relatives, result_tables, strength_text, text_of
 from attr_engine.result import Attribution
-from attr_engine.runs import ENVIRONMENT, key_of, write_json
+from attr_engine.runs import ENVIRONMENT, key_of
 from attr_engine.score import frame_effects
 from attr_engine.settings import to_json
 from attr_engine.tensorfile import load_tensors, save_tensors

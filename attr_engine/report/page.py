@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from attr_engine.files import whole_file
 from attr_engine.report.data import (
     Clip,
     QuerySection,
@@ -99,19 +99,8 @@ def write_report(data: ReportData, path: Path) -> None:
         OSError: the file cannot be written.
     """
     check_report(data)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("w", encoding="utf-8", newline="\n") as file:
-            for piece in page_parts(data):
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with whole_file(Path(path)) as part, part.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(page_parts(data))
 
 
 def page_parts(data: ReportData) -> Iterator[str]:

@@ -1,0 +1,65 @@
+"""Pieces from the model's own sampler, as a set of queries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from attr_engine.errors import UserError
+from attr_engine.latents.store import LatentDataset, LatentWriter
+from attr_engine.models.stable_audio import StableAudioDenoiser
+
+_BATCH = 8
+
+
+def generate(
+    model: StableAudioDenoiser,
+    tracks: LatentDataset,
+    count: int,
+    out: Path,
+    seed: int = 0,
+    steps: int = 60,
+    guidance: float = 3.0,
+) -> None:
+    """Sample pieces under the conditioning of training tracks drawn at random, and write a data set.
+
+    The latents are the sampler's, not encoded again; their audio lies beside them.
+
+    Args:
+        model: a model with an autoencoder.
+        tracks: whose conditioning is used; a track with ``seconds_total`` gives a piece of that length.
+        count: how many pieces.
+        out: folder of the data set; ``out/audio`` gets a FLAC file a piece.
+        seed: of the choice and the sampler.
+        steps: sampler steps.
+        guidance: classifier-free guidance.
+
+    Raises:
+        UserError: nothing asked for, or the model cannot decode.
+    """
+    import soundfile
+
+    if count < 1:
+        raise UserError(f"{count} pieces were asked for: ask for at least one")
+    chosen = np.random.default_rng([seed, 1]).choice(len(tracks), count, replace=count > len(tracks))
+    writer = LatentWriter(
+        out, padding=tracks.padding, extra={**tracks.extra, "root": str((out / "audio").resolve())}
+    )
+    (out / "audio").mkdir(parents=True, exist_ok=True)
+    for first in range(0, count, _BATCH):
+        prompts = [dict(tracks.conditioning[int(i)]) for i in chosen[first : first + _BATCH]]
+        latents = model.sample(prompts, seed + first, steps, guidance)
+        for n, (prompt, latent) in enumerate(zip(prompts, latents, strict=True), start=first):
+            longest = model.frames * model.samples_per_frame / model.sample_rate
+            seconds = min(float(prompt.get("seconds_total", longest)), longest)
+            frames = max(1, min(model.frames, round(seconds * model.sample_rate / model.samples_per_frame)))
+            kept = latent[:, :frames].cpu()
+            sound = model.decode(kept[None])[0].cpu().numpy()
+            name, level = f"generated-{n}", max(1.0, float(np.abs(sound).max()))
+            soundfile.write(out / "audio" / f"{name}.flac", (sound / level).T, model.sample_rate)
+            about = ", ".join(f"{k} {v}" for k, v in prompt.items() if not k.startswith("seconds_"))
+            title = f"Generated piece {n + 1}" + (f" ({about})" if about else "")
+            info = {"title": title, "source": f"{name}.flac", "seconds": seconds, "kind": "generated"}
+            writer.add(name, np.ascontiguousarray(kept.numpy()), prompt, info)
+    writer.close()
