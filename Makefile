@@ -23,7 +23,7 @@ venv:  ## make .venv, or bring it up to date
 	       "3.10 or 3.11 that you have: make PYTHON=/path/to/python3.10 $(MAKECMDGOALS)"; exit 1; }
 	@$(PYTHON) tools/setup_venv.py
 
-demo: venv  ## attribute a small synthetic piece from end to end, into demo-run/
+demo: venv  ## compose a corpus, train on it, attribute and report, into demo-run/ (10 min)
 	@$(BIN)/attr-engine demo --out demo-run
 
 test: venv  ## style, types and tests, as the continuous integration runs them

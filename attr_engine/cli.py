@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from attr_engine import cli_options
-from attr_engine.errors import UserError
+from attr_engine.errors import UserError, printable
 
 
 def _ingest(args: argparse.Namespace) -> None:
@@ -26,9 +27,11 @@ def _ingest(args: argparse.Namespace) -> None:
                 "audio needs an autoencoder: give --autoencoder, a model folder or an autoencoder folder"
             )
         encoder = load_autoencoder(args.autoencoder, args.weights or None)
+        if not encoder.samples_per_frame / encoder.sample_rate <= args.seconds < math.inf:
+            raise UserError(
+                f"--seconds {args.seconds} is less than one latent frame, or endless: use another length"
+            )
         frames = int(args.seconds * encoder.sample_rate) // encoder.samples_per_frame
-        if frames < 1:
-            raise UserError(f"--seconds {args.seconds} is less than one latent frame: use a longer window")
         report = ingest.ingest_audio(
             source, out, encoder, frames, metadata, args.condition, args.long, args.hop or None, args.store_dtype,
             progress=progress.bar("encoding", "file"),
@@ -40,7 +43,7 @@ def _ingest(args: argparse.Namespace) -> None:
     else:
         report = ingest.ingest_arrays(source, out, metadata, args.condition, progress.bar("reading", "array"))
     for note in report.notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {printable(note)}", file=sys.stderr)
     print(f"{report.tracks} tracks written to {out}")
 
 
@@ -55,6 +58,10 @@ def _train(args: argparse.Namespace) -> None:
     out = Path(args.out)
     if (out / (BLOCK_NAME if args.what == "autoencoder" else CONFIG_NAME)).exists():
         raise UserError(f"{out} already holds a trained model: use it, or choose another --out")
+    if args.sample_rate < 1 or args.patch < 1:
+        raise UserError(
+            f"the sample rate {args.sample_rate} and the patch {args.patch} must be at least 1: use the defaults"
+        )
     if args.what == "autoencoder":
         files, show, clips = find_audio(Path(args.source)), progress.bar("reading", "file"), []
         for n, path in enumerate(files):
@@ -113,6 +120,7 @@ def _run(args: argparse.Namespace) -> None:
     with open_run(out, settings) as run:
         job = load_job(run)
         pipeline.check(job)
+        print(pipeline.plan_of(job), file=sys.stderr)
         fisher = pipeline.fisher_stage(job)
         if args.command == "fisher":
             print(
@@ -164,15 +172,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _COMMANDS[args.command](args)
     except UserError as error:
-        print(f"attr-engine: {error}", file=sys.stderr)
-        return 2
+        return _fail(str(error), 2)
     except OSError as error:  # a full disk, a folder without permission, a file that went away
-        print(f"attr-engine: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
-        return 2
+        return _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 2)
     except KeyboardInterrupt:
-        print("attr-engine: interrupted; the same command carries on", file=sys.stderr)
-        return 130
+        return _fail("interrupted; the same command carries on", 130)
     return 0
+
+
+def _fail(message: str, code: int) -> int:
+    from attr_engine import progress
+
+    progress.close_all()
+    print(f"attr-engine: {printable(message)}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

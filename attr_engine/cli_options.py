@@ -8,6 +8,7 @@ import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from attr_engine.errors import printable
 from attr_engine.settings import Settings, field_types, from_json, read_settings, to_json
 
 if TYPE_CHECKING:
@@ -254,7 +255,9 @@ def print_top(job: Job, result: Attribution, k: int = 3) -> None:
     )
     for query in job.queries:
         hits = relatives(job, query)
-        print(f"{query.id} ({query.kind})")
+        print(printable(f"{query.id} ({query.kind})"))
         for row in result.top(k, query.id, s.functions[0], s.strengths[0]):
             hit = f"  [{hits[row.track]}]" if row.track in hits else ""
-            print(f"  {row.rank:2d}. {row.track}  {row.score:.4g} +- {row.standard_error:.2g}{hit}")
+            print(
+                printable(f"  {row.rank:2d}. {row.track}  {row.score:.4g} +- {row.standard_error:.2g}{hit}")
+            )

@@ -36,8 +36,9 @@ def recall_at(k: int, scores: np.ndarray, tracks: Sequence[str], relevant: Colle
 
 def parents_of(info: Mapping[str, Any]) -> frozenset[str]:
     """Ids that the metadata of a query names as its sources (``parents``, joined by ``;`` or a list)."""
-    value = info.get("parents") or ()
-    return frozenset(x for x in (value.split(";") if isinstance(value, str) else map(str, value)) if x)
+    value = info.get("parents")
+    names = value.split(";") if isinstance(value, str) else value if isinstance(value, list | tuple) else ()
+    return frozenset(str(x) for x in names if x)
 
 
 def clusters(tracks: Sequence[str], info: Sequence[Mapping[str, Any]]) -> dict[str, frozenset[str]]:

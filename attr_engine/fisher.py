@@ -98,6 +98,8 @@ def fit_fisher(
         total = {name: value.to(parameters[name].device) for name, value in total.items()}
         done, used = int(meta["done"]), set(meta["used"])
     saved = time.monotonic()
+    if progress is not None:
+        progress(done, len(tracks))
     for i in range(done, len(tracks)):
         batch = tracks.batch([i], model.frames)
         for _, _, gradient in per_sample_gradients(model, parameters, batch, draws, plan, "fisher", masked):

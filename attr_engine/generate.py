@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
 
 from attr_engine.errors import UserError
+from attr_engine.latents.ingest import file_hash
 from attr_engine.latents.store import LatentDataset, LatentWriter
 from attr_engine.models.stable_audio import StableAudioDenoiser
 
@@ -40,8 +42,10 @@ def generate(
     """
     import soundfile
 
-    if count < 1:
-        raise UserError(f"{count} pieces were asked for: ask for at least one")
+    if count < 1 or steps < 1 or seed < 0 or not math.isfinite(guidance):
+        raise UserError(
+            f"count {count} and steps {steps} must be at least 1, seed {seed} at least 0, guidance {guidance} finite"
+        )
     chosen = np.random.default_rng([seed, 1]).choice(len(tracks), count, replace=count > len(tracks))
     writer = LatentWriter(
         out, padding=tracks.padding, extra={**tracks.extra, "root": str((out / "audio").resolve())}
@@ -60,6 +64,7 @@ def generate(
             soundfile.write(out / "audio" / f"{name}.flac", (sound / level).T, model.sample_rate)
             about = ", ".join(f"{k} {v}" for k, v in prompt.items() if not k.startswith("seconds_"))
             title = f"Generated piece {n + 1}" + (f" ({about})" if about else "")
-            info = {"title": title, "source": f"{name}.flac", "seconds": seconds, "kind": "generated"}
+            info = {"title": title, "source": f"{name}.flac", "seconds": seconds, "kind": "generated",
+                    "sha256": file_hash(out / "audio" / f"{name}.flac")}  # fmt: skip
             writer.add(name, np.ascontiguousarray(kept.numpy()), prompt, info)
     writer.close()

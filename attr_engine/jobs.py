@@ -28,7 +28,7 @@ def load_job(run: Run) -> Job:
     for value, flag, what in ((s.model, "--model", "model"), (s.data, "--data", "training data")):
         if not value:
             raise UserError(f"no {what} was named: give {flag} (or a --config that has it)")
-    if s.threads:
+    if s.threads > 0:
         torch.set_num_threads(s.threads)
     try:
         torch.empty(0, device=s.device)
@@ -50,13 +50,13 @@ def _load_queries(run: Run, model: StableAudioDenoiser, source: Path) -> LatentD
     stamp = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     folder = run.path / f"queries-{key_of(str(source.resolve()), stamp, model.fingerprint)}"
     if not (folder / MANIFEST).exists():
-        pretransform = model.wrapper.pretransform
-        if pretransform is None:
+        if model.pretransform is None:
             raise UserError(
-                f"the model has no autoencoder, so the audio {source} cannot be encoded: ingest latents as queries"
+                f"the model has no autoencoder, or its weights lack it, so the audio {source} cannot be encoded: "
+                "ingest latents as queries"
             )
         encoder = Autoencoder(
-            pretransform, model.sample_rate, model.config["model"]["pretransform"], model.fingerprint
+            model.pretransform, model.sample_rate, model.config["model"]["pretransform"], model.fingerprint
         )
         metadata = next((p for p in (source / "metadata.csv", source / "metadata.json") if p.is_file()), None)
         names = (

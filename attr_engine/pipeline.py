@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -88,6 +88,12 @@ _FISHER_SETTINGS = ("fisher_draws", "mask_fisher")
 UPDATE_SETTINGS = (*_FISHER_SETTINGS, "unit", "steps", "damping", "mask_update", "update_draws", "rows")
 
 
+def _kind_of(info: Mapping[str, Any]) -> str:
+    """What the metadata call a query; only the engine itself calls one a training track."""
+    kind = str(info.get("kind") or "query")
+    return "query" if kind == "training track" else kind
+
+
 def make_queries(
     tracks: Tracks, queries: Sequence[Tracks], self_influence: Sequence[str] = ()
 ) -> tuple[Query, ...]:
@@ -96,7 +102,7 @@ def make_queries(
     Raises:
         UserError: no query at all, an id that is not a training track, or an id that stands twice.
     """
-    out = [Query(q, i, str(q.info[i].get("kind", "query"))) for q in queries for i in range(len(q))]
+    out = [Query(q, i, _kind_of(q.info[i])) for q in queries for i in range(len(q))]
     where = {name: i for i, name in enumerate(tracks.ids)}
     for name in self_influence:
         if name not in where:
@@ -119,6 +125,10 @@ def check(job: Job) -> None:
     for query in job.queries:
         check_tracks(query.tracks, job.model.channels, job.model.frames, "query")
     select_parameters(job.model, s.layers)
+    if job.model.module.training:
+        raise UserError(
+            "the model is in training mode, where dropout would differ from pass to pass: call .eval()"
+        )
     for name in s.functions:
         score_function(name)
     if not s.functions or not s.strengths:
@@ -129,8 +139,19 @@ def check(job: Job) -> None:
             raise UserError(f"the strength {strength} stands twice in the settings: name each once")
     for draws, what in ((s.fisher_draws, "Fisher"), (s.update_draws, "update"), (s.score_draws, "score")):
         job.plan.check(draws, f"the number of {what} draws")
-    if s.rows < 1 or s.unit_tracks < 1 or s.threads < 0:
-        raise UserError("rows and unit_tracks must be at least 1, threads at least 0")
+    if min(s.rows, s.unit_tracks, s.top) < 1 or s.threads < 0:
+        raise UserError("rows, unit_tracks and top must be at least 1, threads at least 0")
+
+
+def plan_of(job: Job) -> str:
+    """What the run is going to cost, in passes through the model."""
+    s, n = job.run.settings, len(job.tracks)
+    updates = len(job.queries) * len(s.strengths)
+    backward = n * s.fisher_draws + (len(job.queries) + updates * (s.steps - 1)) * s.update_draws
+    return (
+        f"{len(job.queries)} queries, {updates} updates, {n} tracks: {backward} gradients "
+        f"and {n * s.score_draws * (updates + 1)} forward passes"
+    )
 
 
 def fisher_stage(job: Job) -> Fisher:
@@ -157,6 +178,7 @@ def update_stage(job: Job, fisher: Fisher) -> None:
     s, key = job.run.settings, job.key(*UPDATE_SETTINGS)
     parameters = select_parameters(job.model, s.layers)
     show = progress.bar("unlearning", "query")
+    show(0, len(job.queries))
     with job.run.stage("unlearn"):
         for done, query in enumerate(job.queries):
             missing = [x for x in s.strengths if not job.update_path(query, x).exists()]
@@ -197,6 +219,7 @@ def score_stage(job: Job) -> Effects:
     units = list(_units(job))
     show = progress.bar(f"scoring {len(job.tracks)} tracks under {len(loads)} updates", "unit")
     parts = []
+    show(0, len(units))
     with job.run.stage("score"):
         for unit, indices in units:
             path = folder / "units" / f"{unit:06d}.safetensors"

@@ -14,6 +14,7 @@ from typing import Any
 
 from attr_engine.errors import UserError
 from attr_engine.files import write_json
+from attr_engine.models.checkpoint import read_json
 from attr_engine.settings import Settings, differences, read_settings, to_json
 
 CONFIG, ENVIRONMENT, TIMINGS = "config.json", "environment.json", "timings.json"
@@ -82,7 +83,7 @@ class Run:
     def timings(self) -> dict[str, float]:
         """Stage name to seconds, over all sittings."""
         path = self.path / TIMINGS
-        return json.loads(path.read_text()) if path.exists() else {}
+        return read_json(path, "table of timings") if path.exists() else {}
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -94,9 +95,11 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
             raise UserError(f"setting {name!r} is {value!r}, expected a list")
         return tuple(_convert(name, v, typing.get_args(kind)[0]) for v in value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value) if abs(value) < 1e300 else math.inf
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UserError(f"setting {name!r} is {value!r}, expected {kind.__name__}")
+    if kind is float and not math.isfinite(value):
+        raise UserError(f"setting {name!r} is {value!r}, expected a finite number")
     return value
 
 

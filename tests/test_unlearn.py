@@ -13,7 +13,12 @@ from attr_engine.fisher import Fisher
 from attr_engine.models.protocol import select_parameters
 from attr_engine.unlearn import Update, applied, query_gradient, unlearn_query
 
-STABLE_AUDIO = [("rectified_flow", "prepend", 1), ("v", "adaLN", 4), ("rectified_flow", "adaLN", 1), ("v", "prepend", 4)]
+STABLE_AUDIO = [
+    ("rectified_flow", "prepend", 1),
+    ("v", "adaLN", 4),
+    ("rectified_flow", "adaLN", 1),
+    ("v", "prepend", 4),
+]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 PAPER = {"unit": "lr", "strength": 1e-3, "steps": 1, "damping": 0.1}
 FOUR_STEPS = {"unit": "lr", "strength": 1e-3, "steps": 4, "damping": 1.0}
@@ -77,7 +82,9 @@ def test_update_of_every_layer_group_follows_the_formula(layers, seed, rng, meas
 def test_without_damping_it_divides_by_the_fisher_itself(seed, rng, measured):
     model = helpers.ToyDenoiser(seed)
     settings = {"unit": "size", "strength": 1e-2, "steps": 1, "damping": 0.0}
-    worst = compare(model, rng, ("cross_attn.to_kv",), DrawPlan(seed, replicates=2), torch.float64, 4, **settings)
+    worst = compare(
+        model, rng, ("cross_attn.to_kv",), DrawPlan(seed, replicates=2), torch.float64, 4, **settings
+    )
     measured("relative_error", worst)
     assert worst < TOLERANCE[torch.float64]
 
@@ -110,6 +117,19 @@ def test_theta_0_is_back_bit_for_bit_even_after_an_error(setting):
     assert model.fingerprint == before
 
 
+def test_a_bfloat16_model_is_accumulated_in_float32_and_put_back(seed, rng):
+    model = helpers.ToyDenoiser(seed, dtype=torch.bfloat16)
+    tracks, plan = helpers.make_tracks(rng, 3, 3, 10), DrawPlan(seed, replicates=2)
+    fisher = fit_fisher(model, tracks, ("all",), plan, 2)
+    before = model.fingerprint
+    update = unlearn_query(model, tracks, 0, fisher, plan, 3, 1e-1, steps=2, draws=2)
+    assert {v.dtype for v in (*fisher.values.values(), *update.delta.values())} == {torch.float32}
+    assert 0.05 < update.size < 0.11
+    with applied(model, update.delta):
+        assert model.fingerprint != before
+    assert model.fingerprint == before
+
+
 def test_the_order_of_the_fisher_does_not_matter(setting):
     model, tracks, plan, fisher = setting
     turned = Fisher(dict(reversed(fisher.values.items())), fisher.pairs)
@@ -120,9 +140,18 @@ def test_the_order_of_the_fisher_does_not_matter(setting):
 def test_a_first_gradient_that_is_known_changes_nothing(setting):
     model, tracks, plan, fisher = setting
     first = query_gradient(
-        model, select_parameters(model, ("transformer",)), tracks.batch([1], model.frames), range(2), plan, True, 16
+        model,
+        select_parameters(model, ("transformer",)),
+        tracks.batch([1], model.frames),
+        range(2),
+        plan,
+        True,
+        16,
     )
-    a, b = (unlearn_query(model, tracks, 1, fisher, plan, 3, steps=2, draws=2, first_gradient=g) for g in (None, first))
+    a, b = (
+        unlearn_query(model, tracks, 1, fisher, plan, 3, steps=2, draws=2, first_gradient=g)
+        for g in (None, first)
+    )
     assert (a.lr, a.size) == (b.lr, b.size)
     assert all(torch.equal(a.delta[n], b.delta[n]) for n in a.delta)
 
@@ -197,6 +226,9 @@ def test_dividing_by_a_zero_fisher_is_refused_by_name(setting):
 
 def test_the_fisher_of_another_model_is_refused_by_name(setting):
     model, tracks, plan, fisher = setting
-    for values in ({**fisher.values, "extra": torch.ones(1)}, {n: v[..., :1] for n, v in fisher.values.items()}):
+    for values in (
+        {**fisher.values, "extra": torch.ones(1)},
+        {n: v[..., :1] for n, v in fisher.values.items()},
+    ):
         with pytest.raises(UserError, match="another model"):
             unlearn_query(model, tracks, 0, Fisher(values, 1), plan, 3, draws=2)

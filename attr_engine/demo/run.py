@@ -38,10 +38,10 @@ class Scale:
     generated: int = 6
     targets: int = 8
     strengths: tuple[float, ...] = (1e-2, 1e-3, 1e-1)
-    score_draws: int = 8
+    score_draws: int = 4
 
 
-FULL = Scale(targets=40, strengths=(1e-2, 1e-4, 1e-3, 3e-2, 1e-1))
+FULL = Scale(targets=40, strengths=(1e-2, 1e-4, 1e-3, 3e-2, 1e-1), score_draws=8)
 
 
 def _corpus(audio: Path, scale: Scale) -> None:
@@ -146,11 +146,7 @@ def _attribute(folder: Path, settings: Settings, start: float) -> Path:
     with open_run(folder, settings) as run:
         job = load_job(run)
         pipeline.check(job)
-        updates = len(job.queries) * len(settings.strengths)
-        forwards = len(job.tracks) * settings.score_draws * (updates + 1)
-        _say(
-            start, f"5/6 attributing {len(job.queries)} queries: {updates} updates, {forwards} forward passes"
-        )
+        _say(start, f"5/6 attributing: {pipeline.plan_of(job)} (about 4 min)")
         result = pipeline.run_job(job)
         _say(start, "6/6 writing the report")
         report = build_report(

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attr_engine.errors import UserError
+from attr_engine.errors import UserError, one_line
 from attr_engine.latents.audio import find_audio, read_audio
 from attr_engine.latents.memory import check_ids, check_latent
 from attr_engine.latents.metadata import conditioning_of, read_metadata
@@ -182,9 +182,8 @@ def _load_array(path: Path) -> np.ndarray:
         mapped = np.lib.format.open_memmap(path, mode="r")
         return np.array(mapped)
     except Exception as error:  # a damaged header is parsed as Python and raises what the parser raises
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"{path} cannot be read as a latent ({reason}): save it with numpy.save, without pickle"
+            f"{path} cannot be read as a latent ({one_line(error)}): save it with numpy.save, without pickle"
         ) from error
 
 
@@ -281,7 +280,7 @@ def ingest_pre_encoded(
             }
             writer.add(
                 name,
-                (latent / np.promote_types(latent.dtype, np.float32).type(scale)).astype(latent.dtype),
+                (latent.astype(np.promote_types(latent.dtype, np.float32)) / scale).astype(latent.dtype),
                 {**timing, **conditioning_of(row, condition, name)},
                 info,
             )
@@ -295,23 +294,22 @@ def ingest_pre_encoded(
     return Report(count, notes)
 
 
-def _open_archive(path: Path) -> np.lib.npyio.NpzFile:
+def _members(path: Path) -> list[str]:
+    """Names of the arrays of an archive."""
     try:
-        archive = np.load(path, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError("it is one array, not an archive")
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read ({error}): save it with numpy.savez") from error
-    return archive
+        with zipfile.ZipFile(path) as archive:
+            return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+    except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path} cannot be read as an archive ({error}): save it with numpy.savez") from error
 
 
-def _member(archive: np.lib.npyio.NpzFile, name: str, path: Path) -> np.ndarray:
+def _load_member(path: Path, name: str) -> np.ndarray:
     try:
-        return np.asarray(archive[name])
-    except Exception as error:  # zip, zlib, or a header that is parsed as Python
-        reason = " ".join(str(error).split()) or type(error).__name__
+        with np.load(path, allow_pickle=False) as archive:
+            return np.asarray(archive[name])
+    except Exception as error:  # zip, zlib, or a damaged header that is parsed as Python
         raise UserError(
-            f"{path}: the array {name!r} cannot be read ({reason}): save it with numpy.savez, without pickle"
+            f"{path}: the array {name!r} cannot be read ({one_line(error)}): save it with numpy.savez, without pickle"
         ) from error
 
 
@@ -322,7 +320,7 @@ def ingest_arrays(
     condition: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Report:
-    """Take over arrays ``[C, n]``: a folder of ``.npy``, or one ``.npz``; ids are their names.
+    """Take over arrays ``[C, n]``: a folder of ``.npy``, one ``.npy`` or one ``.npz``; ids are their names.
 
     Raises:
         UserError: anything unusable, by file.
@@ -330,11 +328,9 @@ def ingest_arrays(
     rows = read_metadata(metadata, condition) if metadata is not None else {}
     items: list[tuple[str, Callable[[], np.ndarray]]]
     if source.suffix == ".npz":
-        try:
-            archive: Mapping[str, np.ndarray] = np.load(source, allow_pickle=False)
-        except (ValueError, OSError) as error:
-            raise UserError(f"{source} cannot be read ({error}): save it with numpy.savez") from error
-        items = [(name, partial(archive.__getitem__, name)) for name in archive]
+        items = [(name, partial(_load_member, source, name)) for name in _members(source)]
+    elif source.is_file():
+        items = [(source.stem, partial(_load_array, source))]
     else:
         files = sorted(source.rglob("*.npy"))
         items = [(p.relative_to(source).with_suffix("").as_posix(), partial(_load_array, p)) for p in files]
@@ -363,7 +359,7 @@ def guess_kind(source: Path) -> str:
     """
     if not source.exists():
         raise UserError(f"{source} does not exist: check the path")
-    if source.suffix == ".npz":
+    if source.suffix in (".npz", ".npy"):
         return "arrays"
     if source.is_dir():
         first = next(source.rglob("*.npy"), None)

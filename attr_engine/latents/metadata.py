@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from attr_engine.errors import UserError
+from attr_engine.errors import UserError, one_line
 
 _MAX_BYTES = 1 << 30
 _MAX_FIELD = 1 << 20
@@ -84,7 +84,7 @@ def read_metadata(path: Path, numbers: Sequence[str] = ()) -> dict[str, dict[str
         rows = _read_json(path) if path.suffix.lower() == ".json" else _read_csv(path, numbers)
     except (ValueError, csv.Error, TypeError, RecursionError, OSError) as error:
         raise UserError(
-            f"metadata file {path} cannot be read ({error}): save it as UTF-8 CSV or JSON"
+            f"metadata file {path} cannot be read ({one_line(error)}): save it as UTF-8 CSV or JSON"
         ) from error
     out: dict[str, dict[str, Any]] = {}
     for number, row in enumerate(rows):

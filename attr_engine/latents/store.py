@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from attr_engine.errors import UserError
+from attr_engine.errors import UserError, one_line
 from attr_engine.latents import native
 from attr_engine.latents.batch import Batch
 from attr_engine.latents.memory import check_ids, check_latent, check_padding
@@ -204,7 +204,7 @@ class _Shard:
 
 
 def _reason(error: Exception) -> str:
-    return f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
+    return f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else one_line(error)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -265,8 +265,7 @@ def _read_manifest(path: Path) -> tuple[dict[str, list[Any]], dict[str, Any]]:
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
-        reason = " ".join(_reason(error).split())
-        raise UserError(f"{path} is damaged ({reason}): restore it, or ingest again") from error
+        raise UserError(f"{path} is damaged ({_reason(error)}): restore it, or ingest again") from error
     return columns, meta
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attr_engine.errors import UserError
+from attr_engine.errors import UserError, one_line
 from attr_engine.models import checkpoint
 from attr_engine.models.stable_audio import encode_mean, load_model, quiet
 
@@ -68,7 +68,7 @@ def create_pretransform(block: Mapping[str, Any], sample_rate: int, source: str)
         ) from error
     except Exception as error:  # the factory asserts, raises KeyError, TypeError, ... for a wrong config
         raise UserError(
-            f"{source} is not an autoencoder that stable-audio-tools can build ({type(error).__name__}: {error})"
+            f"{source} is not an autoencoder that stable-audio-tools can build ({type(error).__name__}: {one_line(error)})"
         ) from error
 
 
@@ -81,16 +81,19 @@ def load_autoencoder(path: str | Path, weights: str | Path | None = None) -> Aut
     folder = Path(path)
     if not (folder / BLOCK_NAME).exists():
         model = load_model(folder, weights)
-        if model.wrapper.pretransform is None:
-            raise UserError(f"the model {folder} has no autoencoder: ingest pre-encoded latents instead")
+        if model.pretransform is None:
+            raise UserError(
+                f"the model {folder} has no autoencoder, or its weights lack it: ingest pre-encoded latents instead"
+            )
         return Autoencoder(
-            model.wrapper.pretransform,
+            model.pretransform,
             model.sample_rate,
             model.config["model"]["pretransform"],
             model.fingerprint,
         )
     settings = checkpoint.read_json(folder / BLOCK_NAME, "autoencoder config")
-    if not isinstance(settings.get("pretransform"), dict) or not isinstance(settings.get("sample_rate"), int):
+    rate = settings.get("sample_rate")
+    if not isinstance(settings.get("pretransform"), dict) or type(rate) is not int or rate < 1:
         raise UserError(
             f"autoencoder config {folder / BLOCK_NAME} lacks 'pretransform' or 'sample_rate': make it with attr-engine train autoencoder"
         )

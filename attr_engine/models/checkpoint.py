@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attr_engine.errors import UserError
+from attr_engine.errors import UserError, one_line
 
 _EMA_PREFIX = "diffusion_ema.ema_model."
 
@@ -51,13 +53,25 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
             return load_file(path)
         if path.suffix in (".ckpt", ".pt", ".pth"):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            if tuple(int(x) for x in torch.__version__.split("+")[0].split(".")[:2]) < (2, 6):
+                # CVE-2025-32434: there weights_only=True can be made to run code.
+                raise UserError(
+                    f"checkpoint {path} is only read with torch 2.6 or newer: update torch, or use .safetensors"
+                )
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                content = torch.load(path, map_location="cpu", weights_only=True)
         else:
             raise UserError(f"checkpoint {path} ends in {path.suffix!r}, expected .safetensors or .ckpt")
     except UserError:
         raise
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"checkpoint {path} is damaged, or holds more than tensors, which could run code and is not loaded: "
+            "save its state_dict as .safetensors where you trust it"
+        ) from error
     except Exception as error:  # torch and safetensors raise a dozen kinds; all mean the same here
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        first = one_line(error).split(". ")[0]
         raise UserError(
             f"checkpoint {path} cannot be read ({first}): it is damaged or not a weights file"
         ) from error
@@ -86,20 +100,25 @@ def unwrap(state: Mapping[str, Tensor], ema: bool) -> dict[str, Tensor]:
     return out
 
 
-def load_into(module: nn.Module, state: Mapping[str, Tensor], path: Path, optional: str = "") -> None:
-    """Load weights and refuse anything missing, left over or of another shape.
+def load_into(module: nn.Module, state: Mapping[str, Tensor], path: Path, optional: str = "") -> bool:
+    """Load weights and refuse anything missing, left over, of another shape or not finite.
 
     Args:
         module: where to.
         state: the weights.
         path: named in messages.
-        optional: parameters under this prefix may be absent all together.
+        optional: parameters under this prefix may be absent all together; they become zero, because
+            random ones would give the same model another fingerprint each time.
+
+    Returns:
+        Whether everything was there, the optional part too.
 
     Raises:
         UserError: names the first few differences.
     """
     wanted = module.state_dict()
-    lacks_optional = bool(optional) and not any(name.startswith(optional) for name in state)
+    optional_names = [name for name in wanted if optional and name.startswith(optional)]
+    lacks_optional = bool(optional_names) and not any(name.startswith(optional) for name in state)
     missing = [n for n in wanted if n not in state and not (lacks_optional and n.startswith(optional))]
     extra = [n for n in state if n not in wanted]
     shapes = [
@@ -113,7 +132,16 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], path: Path, option
             raise UserError(
                 f"checkpoint {path} does not fit its config: it {what} {listed}; use the config it was trained with"
             )
+    for name, value in state.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise UserError(
+                f"checkpoint {path} holds NaN or infinity in {name}: the training diverged, or the file is damaged"
+            )
     module.load_state_dict(dict(state), strict=not lacks_optional)
+    if lacks_optional:
+        for name in optional_names:
+            wanted[name].zero_()  # state_dict shares its memory with the module
+    return not lacks_optional
 
 
 def fingerprint(module: nn.Module, config: Mapping[str, Any]) -> str:

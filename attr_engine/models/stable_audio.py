@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attr_engine.errors import UserError
+from attr_engine.errors import UserError, one_line
 from attr_engine.files import whole_file, write_json
+from attr_engine.latents.batch import stable_text
 from attr_engine.models import checkpoint
 
 LAYER_GROUPS: dict[str, tuple[str, ...]] = {
@@ -55,7 +56,7 @@ def create_model(config: Mapping[str, Any], source: str = "config") -> Any:
             return create_model_from_config(json.loads(json.dumps(config)))
     except Exception as error:  # the factory asserts, raises KeyError, TypeError, ... for a wrong config
         raise UserError(
-            f"{source} is not a model that stable-audio-tools can build ({type(error).__name__}: {error})"
+            f"{source} is not a model that stable-audio-tools can build ({type(error).__name__}: {one_line(error)})"
         ) from error
 
 
@@ -80,6 +81,7 @@ class StableAudioDenoiser:
         config: the configuration that built it (gives sample size and sample rate).
         dtype: float32, bfloat16 or float64, of the denoiser only.
         device: where it runs.
+        autoencoder: whether the wrapper's pretransform has its weights; without them it is not used.
 
     Raises:
         UserError: no conditional diffusion model, or an unknown objective.
@@ -93,6 +95,7 @@ class StableAudioDenoiser:
         config: Mapping[str, Any],
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
+        autoencoder: bool = True,
     ) -> None:
         if config.get("model_type") != "diffusion_cond":
             raise UserError(f"model_type is {config.get('model_type')!r}, expected 'diffusion_cond'")
@@ -100,6 +103,13 @@ class StableAudioDenoiser:
             raise UserError(
                 f"objective {wrapper.diffusion_objective!r} is not supported; known: 'v', 'rectified_flow'"
             )
+        for name, value in (
+            ("sample_size", config.get("sample_size")),
+            ("sample_rate", config.get("sample_rate")),
+            ("io_channels", wrapper.io_channels),
+        ):
+            if type(value) is not int or value < 1:
+                raise UserError(f"{name} is {value!r}, expected a positive whole number")
         self.wrapper, self.config = wrapper, dict(config)
         self.fingerprint = checkpoint.fingerprint(wrapper, config)
         wrapper.eval().requires_grad_(False)
@@ -113,7 +123,12 @@ class StableAudioDenoiser:
         self.sample_rate = int(config["sample_rate"])
         ratio = 1 if wrapper.pretransform is None else int(wrapper.pretransform.downsampling_ratio)
         self.samples_per_frame = ratio
+        self.pretransform = wrapper.pretransform if autoencoder else None
         self.frames = int(config["sample_size"]) // ratio
+        if self.frames < 1:
+            raise UserError(
+                f"sample_size {config['sample_size']} is less than a latent frame of {ratio} samples"
+            )
         self._cache: dict[str, dict[str, Any]] = {}
 
     # -- conditioning -----------------------------------------------------------------------
@@ -122,22 +137,20 @@ class StableAudioDenoiser:
         """Conditioning inputs of one row; run alone, so that they do not depend on the batch."""
         if self.wrapper.conditioner is None:
             return {}
-        keys = self.wrapper.conditioner.conditioners.keys()
-        defaults = self.wrapper.conditioner.default_keys
-        missing = [k for k in keys if k not in item and defaults.get(k) not in item]
-        if missing:
-            raise UserError(
-                f"a track has no value for the conditioning {missing[0]!r}: add it to the metadata and ingest again"
-            )
         with torch.no_grad():
-            tensors = self.wrapper.conditioner([dict(item)], self.device)
-            return self.wrapper.get_conditioning_inputs(tensors)
+            tensors = condition(self.wrapper.conditioner, [item], self.device)
+            inputs = self.wrapper.get_conditioning_inputs(tensors)
+        if not all(x is None or bool(torch.isfinite(x).all()) for x in inputs.values()):
+            raise UserError(
+                f"the conditioning {_shown(item)} becomes NaN or infinity: correct the metadata and ingest again"
+            )
+        return inputs
 
     def conditioning(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor | None]:
         """Conditioning inputs of the denoiser for one mapping a row, each ``[B, ...]`` or None."""
         rows = []
         for item in items:
-            key = json.dumps(item, sort_keys=True, default=str)
+            key = stable_text(item)
             if key not in self._cache:
                 if len(self._cache) >= _MAX_CACHED_ITEMS:
                     self._cache.clear()
@@ -163,46 +176,72 @@ class StableAudioDenoiser:
         Raises:
             UserError: the model has no autoencoder, or one whose encoding is random.
         """
-        return encode_mean(self.wrapper.pretransform, audio.to(self.device))
+        return encode_mean(self.pretransform, audio.to(self.device))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Audio ``[B, channels, samples]`` of latents ``[B, C, F']``."""
-        if self.wrapper.pretransform is None:
+        if self.pretransform is None:
             raise UserError("the model has no autoencoder: latents cannot be decoded")
-        return self.wrapper.pretransform.decode(latents.to(self.device, torch.float32))
+        return self.pretransform.decode(latents.to(self.device, torch.float32))
 
     @property
     def audio_channels(self) -> int:
         """Channels of the audio that the autoencoder takes (1 or 2)."""
-        return int(self.wrapper.pretransform.io_channels)
+        if self.pretransform is None:
+            raise UserError("the model has no autoencoder: it takes no audio")
+        return int(self.pretransform.io_channels)
 
     @torch.no_grad()
     def sample(
         self, items: Sequence[Mapping[str, Any]], seed: int, steps: int = 50, guidance: float = 1.0
     ) -> Tensor:
         """Latents ``[B, C, F]`` from the model's own sampler (``wrapper.generate``)."""
-        state = torch.random.get_rng_state()
-        try:
-            with quiet(), contextlib.redirect_stderr(io.StringIO()):
-                return self.wrapper.generate(
-                    conditioning=[dict(i) for i in items],
-                    batch_size=len(items),
-                    steps=steps,
-                    cfg_scale=guidance,
-                    sample_size=self.frames * self.samples_per_frame,
-                    sample_rate=self.sample_rate,
-                    seed=seed,
-                    device=str(self.device),
-                    return_latents=True,
-                    **(
-                        {"sampler_type": "dpmpp-2m-sde", "sigma_min": 0.3, "sigma_max": 50.0}
-                        if self.objective == "v"
-                        else {}
-                    ),
-                ).float()
-        finally:
-            torch.random.set_rng_state(state)
+        sampler = {"sampler_type": "dpmpp-2m-sde", "sigma_min": 0.3, "sigma_max": 50.0}
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), quiet(), contextlib.redirect_stderr(io.StringIO()):
+            return self.wrapper.generate(
+                conditioning=[dict(i) for i in items],
+                batch_size=len(items),
+                steps=steps,
+                cfg_scale=guidance,
+                sample_size=self.frames * self.samples_per_frame,
+                sample_rate=self.sample_rate,
+                seed=seed % 2**32,  # -1 would mean a random one
+                device=str(self.device),
+                return_latents=True,
+                **(sampler if self.objective == "v" else {}),
+            ).float()
+
+
+def condition(conditioner: Any, items: Sequence[Mapping[str, Any]], device: Any) -> dict[str, Any]:
+    """What a ``MultiConditioner`` makes of rows.
+
+    Raises:
+        UserError: a row lacks a value, or has one that its conditioner cannot take.
+    """
+    keys, defaults = conditioner.conditioners.keys(), conditioner.default_keys
+    for item in items:
+        for key in keys:
+            if key not in item and defaults.get(key) not in item:
+                raise UserError(
+                    f"a track has no value for the conditioning {key!r}: add it to the metadata and ingest again"
+                )
+    try:
+        return conditioner([dict(item) for item in items], device)
+    except Exception as error:  # conditioners raise whatever their arithmetic raises
+        read = {*keys, *defaults.values()}
+        shown = _shown({k: v for k, v in items[0].items() if k in read})
+        raise UserError(
+            f"the model's conditioners cannot take {shown}{' or what follows' if len(items) > 1 else ''} "
+            f"({one_line(error)}): correct the metadata and ingest again"
+        ) from error
+
+
+def _shown(values: Mapping[str, Any]) -> str:
+    """Conditioning values in one short line."""
+    text = ", ".join(f"{name} = {value!r}" for name, value in values.items())
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def encode_mean(pretransform: Any, audio: Tensor) -> Tensor:
@@ -217,8 +256,9 @@ def encode_mean(pretransform: Any, audio: Tensor) -> Tensor:
     bottleneck = getattr(autoencoder, "bottleneck", None)
     if type(bottleneck).__name__ == "VAEBottleneck":
         assert autoencoder is not None
-        both = autoencoder.encode(audio, skip_bottleneck=True)
-        return both.chunk(2, dim=1)[0] / pretransform.scale
+        # A pretransform with model_half has its weights in float16.
+        both = autoencoder.encode(audio.to(next(autoencoder.parameters()).dtype), skip_bottleneck=True)
+        return both.chunk(2, dim=1)[0].float() / pretransform.scale
     first = pretransform.encode(audio)
     if bottleneck is not None and not torch.equal(first, pretransform.encode(audio)):
         raise UserError(
@@ -259,9 +299,12 @@ def load_model(
         )
     state = checkpoint.unwrap(checkpoint.read_weights(Path(weights)), ema)
     wrapper = create_model(settings, f"model config {path}")
-    checkpoint.load_into(wrapper, state, Path(weights), optional="pretransform.")
+    whole = checkpoint.load_into(wrapper, state, Path(weights), optional="pretransform.")
     logging.getLogger(__name__).debug("loaded %s with %s", path, weights)
-    return StableAudioDenoiser(wrapper, settings, getattr(torch, dtype), device)
+    try:
+        return StableAudioDenoiser(wrapper, settings, getattr(torch, dtype), device, autoencoder=whole)
+    except UserError as error:
+        raise UserError(f"model config {path} cannot be used: {error}") from error
 
 
 def save_model(wrapper: nn.Module, config: Mapping[str, Any], out: Path) -> None:

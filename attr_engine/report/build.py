@@ -13,14 +13,15 @@ import torch
 from attr_engine import progress
 from attr_engine.errors import UserError
 from attr_engine.files import write_json
-from attr_engine.latents.audio import read_audio
+from attr_engine.latents.audio import SUFFIXES, read_audio
 from attr_engine.latents.batch import Tracks
+from attr_engine.latents.ingest import file_hash
 from attr_engine.pipeline import UPDATE_SETTINGS, Job, fisher_stage, update_stage
 from attr_engine.report.audio import encode_clip, waveform_peaks
 from attr_engine.report.data import Clip, QuerySection, Ranking, ReportData, Row, TrackInfo
 from attr_engine.report.page import write_report
 from attr_engine.report.shares import shares
-from attr_engine.report.tables import controls_of, relatives, result_tables, strength_text, text_of
+from attr_engine.report.tables import controls_of, number_of, relatives, result_tables, strength_text, text_of
 from attr_engine.result import Attribution
 from attr_engine.runs import ENVIRONMENT, key_of
 from attr_engine.score import frame_effects
@@ -43,11 +44,11 @@ class _Sound:
         self._rate = int(getattr(job.model, "sample_rate", 0))
 
     def clip(self, tracks: Tracks, index: int) -> Clip | None:
-        """The clip of a track, None where there is neither audio nor a decoder."""
+        """The clip of a track, None where there is neither audio nor a decoder that gives any."""
         audio = self._from_file(tracks, index)
         if audio is None:
             audio = self._from_latent(tracks, index)
-        if audio is None:
+        if audio is None or not np.isfinite(audio).all():
             return None
         peak = float(np.abs(audio).max())
         mime, data = encode_clip(audio / peak if peak > 1.0 else audio, self._rate)
@@ -55,20 +56,23 @@ class _Sound:
 
     def _from_file(self, tracks: Tracks, index: int) -> np.ndarray | None:
         info, root = tracks.info[index], getattr(tracks, "extra", {}).get("root")
-        source = str(info.get("audio") or info.get("source") or "")
-        if not root or not source or self._rate <= 0:
+        source, digest = info.get("source"), info.get("sha256")
+        if not isinstance(root, str) or not isinstance(source, str) or not root or self._rate <= 0:
             return None
-        path = (Path(root) / source).resolve()
-        # A manifest is data from outside: it may only name files of the folder that was ingested.
-        if not path.is_file() or Path(root).resolve() not in path.parents:
-            return None
+        # A manifest is data from outside, and a report is passed on: whoever made the manifest may name any
+        # folder and file, but only of a file that was ingested does it have the hash.
         try:
+            path = (Path(root) / source).resolve()
+            if path.suffix.lower() not in SUFFIXES or Path(root).resolve() not in path.parents:
+                return None
+            if not path.is_file() or file_hash(path) != digest:
+                return None
             audio = read_audio(path, self._rate, 1)
-        except UserError:
+        except (UserError, OSError, ValueError):
             return None
-        start = round(float(info.get("start") or 0.0) * self._rate)
-        stop = start + round(float(info.get("seconds") or 1e9) * self._rate)
-        return audio[:, start:stop] if start < audio.shape[1] else None
+        start = round(max(0.0, number_of(info, "start") or 0.0) * self._rate)
+        stop = start + round(max(0.0, number_of(info, "seconds") or 1e9) * self._rate)
+        return audio[:, start:stop] if start < min(stop, audio.shape[1]) else None
 
     def _from_latent(self, tracks: Tracks, index: int) -> np.ndarray | None:
         if self._decode is None or self._rate <= 0:
@@ -88,9 +92,9 @@ def _track_info(tracks: Tracks, index: int, clip: Clip | None) -> TrackInfo:
         title=text_of(info, "title"),
         artist=text_of(info, "artist"),
         licence=text_of(info, "licence", "license"),
-        seconds=float(info["seconds"]) if isinstance(info.get("seconds"), int | float) else None,
+        seconds=number_of(info, "seconds"),
         source=text_of(info, "source"),
-        start=float(info.get("start") or 0.0),
+        start=number_of(info, "start") or 0.0,
         parent=text_of(info, "parent"),
         clip=clip,
     )

@@ -19,20 +19,33 @@ def text_of(info: Mapping[str, Any], *names: str) -> str:
     return next((str(info[n]) for n in names if info.get(n) not in (None, "")), "")
 
 
+def number_of(info: Mapping[str, Any], name: str) -> float | None:
+    """An entry as a number of at most a billion, None where it is anything else."""
+    value = info.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= 1e9:
+        return None
+    return float(value)
+
+
 def strength_text(job: Job, strength: float) -> str:
     """A strength with its unit."""
     return f"relative size {strength:g}" if job.run.settings.unit == "size" else f"lr {strength:g}"
 
 
 def relatives(job: Job, query: Query) -> dict[str, str]:
-    """Training tracks with a known relation to a query, and its name: planted parents, exact copies."""
-    where = {name: i for i, name in enumerate(job.tracks.ids)}
+    """Training tracks with a known relation to a query, and its name.
+
+    For a training track: its family. For another query: the ids in its ``parents``, and every window of a
+    recording that is named there.
+    """
+    rows = list(zip(job.tracks.ids, job.tracks.info, strict=True))
     if query.kind == "training track":
         family = job.tracks.info[query.index].get("family")
-        members = [n for n, i in where.items() if family and job.tracks.info[i].get("family") == family]
+        members = [(name, row) for name, row in rows if family and row.get("family") == family]
     else:
-        members = [n for n in evaluate.parents_of(query.tracks.info[query.index]) if n in where]
-    found = {name: text_of(job.tracks.info[where[name]], "relation") or "related" for name in members}
+        parents = evaluate.parents_of(query.tracks.info[query.index])
+        members = [(name, row) for name, row in rows if name in parents or str(row.get("parent")) in parents]
+    found = {name: text_of(row, "relation") or "related" for name, row in members}
     if query.kind == "training track":
         found[query.id] = "itself"
     return found
@@ -57,25 +70,22 @@ def self_table(job: Job, result: Attribution) -> Table | None:
         return None
     copies = evaluate.clusters(job.tracks.ids, job.tracks.info)
     settings = [(f, x) for f in s.functions for x in s.strengths]
-    rows: list[list[str | float | int | None]] = []
-    for q in targets:
-        place = [
-            evaluate.self_rank(result.values[f][result.row(q.id, x)], result.tracks, copies[q.id])
-            for f, x in settings
-        ]
-        seconds = q.tracks.info[q.index].get("seconds")
-        rows.append([q.id, round(float(seconds), 1) if seconds else None, *place])
-    for what, summary in (("mean", np.mean), ("median", np.median), ("worst", np.max)):
-        rows.append(
+    places = np.array(
+        [
             [
-                what,
-                None,
-                *[
-                    round(float(summary([float(r[2 + k] or 0) for r in rows[: len(targets)]])), 1)
-                    for k in range(len(settings))
-                ],
+                evaluate.self_rank(result.values[f][result.row(q.id, x)], result.tracks, copies[q.id])
+                for f, x in settings
             ]
-        )
+            for q in targets
+        ]
+    )
+    seconds = [number_of(q.tracks.info[q.index], "seconds") for q in targets]
+    rows: list[list[str | float | int | None]] = [
+        [q.id, round(float(n), 1) if n else None, *place]
+        for q, n, place in zip(targets, seconds, places.tolist(), strict=True)
+    ]
+    for what, summary in (("mean", np.mean), ("median", np.median), ("worst", np.max)):
+        rows.append([what, "", *np.round(summary(places, axis=0), 1).tolist()])
     columns = ["training track", "seconds", *[f"{f}, {strength_text(job, x)}" for f, x in settings]]
     note = f"Rank among {len(job.tracks)} tracks; 1 is right. A track and its exact copies count as one. Necessary, not sufficient."
     return Table("Rank of a training track when it is itself unlearned", columns, rows, note)
@@ -84,16 +94,14 @@ def self_table(job: Job, result: Attribution) -> Table | None:
 def relation_table(job: Job, result: Attribution, controls: Mapping[str, np.ndarray]) -> Table | None:
     """Mean average precision of the known parents of held-out queries, beside the controls."""
     s = job.run.settings
-    cases = [(q, evaluate.parents_of(job.queries[q].tracks.info[job.queries[q].index])) for q in range(len(job.queries))
-             if job.queries[q].kind != "training track"]  # fmt: skip
-    cases = [(q, parents & set(job.tracks.ids)) for q, parents in cases]
-    cases = [(q, parents) for q, parents in cases if parents]
+    related = [(q, set(relatives(job, job.queries[q]))) for q in range(len(job.queries))]
+    cases = [(q, names) for q, names in related if names and job.queries[q].kind != "training track"]
     if not cases:
         return None
 
     def line(name: str, strength: str, scores: np.ndarray) -> list[str | float | int | None]:
-        precision = [evaluate.average_precision(scores[q], result.tracks, parents) for q, parents in cases]
-        recall = [evaluate.recall_at(10, scores[q], result.tracks, parents) for q, parents in cases]
+        precision = [evaluate.average_precision(scores[q], result.tracks, names) for q, names in cases]
+        recall = [evaluate.recall_at(10, scores[q], result.tracks, names) for q, names in cases]
         error = float(np.std(precision, ddof=1) / np.sqrt(len(precision))) if len(precision) > 1 else None
         return [
             name,
