@@ -63,10 +63,10 @@ def same(a, b) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("kills", [[3], [1, 9, 10], [10]])
+@pytest.mark.parametrize("kills", [[3], [1, 19, 20]])
 def test_a_killed_training_goes_on_to_the_same_bits(tmp_path, monkeypatch, kills):
     monkeypatch.setattr(train, "_SECONDS_BETWEEN_CHECKPOINTS", -1.0)
-    arguments = {"config": make_config(), "tracks": make_tracks(), "steps": 10, "batch": 4}
+    arguments = {"config": make_config(), "tracks": make_tracks(), "steps": 20, "batch": 4}
     loss = train.train_diffusion(**arguments, out=tmp_path / "whole")
     for step in kills:
         with pytest.raises(Killed):

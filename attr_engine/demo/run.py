@@ -34,8 +34,8 @@ class Scale:
     """How much the demo does."""
 
     tracks: int = 256
-    steps: int = 1500
-    generated: int = 6
+    steps: int = 1200
+    generated: int = 4
     targets: int = 8
     strengths: tuple[float, ...] = (1e-2, 1e-3, 1e-1)
     score_draws: int = 4
@@ -117,6 +117,7 @@ def run_demo(out: Path, full: bool = False, scale: Scale | None = None) -> Path:
     Returns:
         Path of the report.
     """
+    out = out.resolve()
     scale, start = scale or (FULL if full else Scale()), time.perf_counter()
     _say(start, f"1/6 composing {scale.tracks} tracks and 14 held-out pieces (about 40 s)")
     _corpus(out / "audio", scale)

@@ -494,7 +494,9 @@ def test_a_manifest_that_lies_is_refused_by_track_or_file(folder, lie, change, n
     assert names in refusal(folder)
 
 
-@pytest.mark.parametrize("change", [{"padding": [0.0, 1.0, 2.0, 4.0]}, {"extra": {"root": "/"}}, {"crc32c": 0}])
+@pytest.mark.parametrize(
+    "change", [{"padding": [0.0, 1.0, 2.0, 4.0]}, {"extra": {"root": "/"}}, {"crc32c": 0}]
+)
 def test_metadata_that_do_not_match_their_checksum_are_refused(folder, change):
     path = folder / "manifest.parquet"
     table = pq.read_table(path)
