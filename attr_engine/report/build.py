@@ -12,7 +12,7 @@ import torch
 
 from attr_engine import progress
 from attr_engine.errors import UserError
-from attr_engine.files import write_json
+from attr_engine.files import write_json, write_text
 from attr_engine.latents.audio import SUFFIXES, read_audio
 from attr_engine.latents.batch import Tracks
 from attr_engine.latents.ingest import file_hash
@@ -21,7 +21,15 @@ from attr_engine.report.audio import encode_clip, waveform_peaks
 from attr_engine.report.data import Clip, QuerySection, Ranking, ReportData, Row, TrackInfo
 from attr_engine.report.page import write_report
 from attr_engine.report.shares import shares
-from attr_engine.report.tables import controls_of, number_of, relatives, result_tables, strength_text, text_of
+from attr_engine.report.tables import (
+    controls_of,
+    markdown,
+    number_of,
+    relatives,
+    result_tables,
+    strength_text,
+    text_of,
+)
 from attr_engine.result import Attribution
 from attr_engine.runs import ENVIRONMENT, key_of
 from attr_engine.score import frame_effects
@@ -229,6 +237,7 @@ def build_report(job: Job, result: Attribution, warnings: Sequence[str] = (), su
     }
     tables = result_tables(job, result, controls)
     write_json(job.run.path / TABLES, [vars(table) for table in tables])
+    write_text(job.run.path / "tables.md", markdown(tables))
     s = job.run.settings
     data = ReportData(
         title=s.title or "Training-data attribution",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -128,3 +129,20 @@ def relation_table(job: Job, result: Attribution, controls: Mapping[str, np.ndar
         rows,
         note,
     )
+
+
+def markdown(tables: Sequence[Table]) -> str:
+    """The tables as Markdown, a heading each; what would end a cell or start markup is escaped."""
+    out = []
+    for table in tables:
+        header = [" | ".join(map(_cell, table.columns)), " | ".join("---" for _ in table.columns)]
+        lines = [f"| {line} |" for line in [*header, *(" | ".join(map(_cell, row)) for row in table.rows)]]
+        out.append("\n".join([f"### {_cell(table.title)}", _cell(table.note), "", *lines]))
+    return "\n\n".join(out) + "\n"
+
+
+def _cell(value: str | float | int | None) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    text = " ".join(str("" if value is None else value).split())
+    return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", text)
