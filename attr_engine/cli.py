@@ -52,8 +52,8 @@ def _train(args: argparse.Namespace) -> None:
     from attr_engine.latents import LatentDataset
     from attr_engine.latents.audio import find_audio, read_audio
     from attr_engine.models.autoencoder import BLOCK_NAME, load_autoencoder
-    from attr_engine.models.lapped import fit_autoencoder
     from attr_engine.models.stable_audio import CONFIG_NAME
+    from attr_engine.models.vocoder import fit_autoencoder
 
     out = Path(args.out)
     if (out / (BLOCK_NAME if args.what == "autoencoder" else CONFIG_NAME)).exists():
@@ -67,8 +67,10 @@ def _train(args: argparse.Namespace) -> None:
         for n, path in enumerate(files):
             clips.append(read_audio(path, args.sample_rate, 1))
             show(n + 1, len(files))
-        ratio = fit_autoencoder(clips, args.sample_rate, out, args.channels, args.hop)
-        print(f"written to {out}; signal-to-noise ratio of what it keeps: {ratio:.1f} dB")
+        made = fit_autoencoder(clips, args.sample_rate, out, args.hop)
+        print(
+            f"written to {out}: {made['frames_per_second']:g} frames a second of {made['channels']:g} channels"
+        )
     else:
         tracks = LatentDataset(args.source)
         autoencoder = load_autoencoder(args.autoencoder) if args.autoencoder else None

@@ -152,7 +152,8 @@ def _add_train(commands: Any) -> None:
   attr-engine train autoencoder music/ --out autoencoder
   attr-engine train diffusion latents --autoencoder autoencoder --condition seconds_total --out model
 
-The autoencoder is fitted in closed form (principal components of a lapped transform), in seconds. The diffusion
+The autoencoder is a channel vocoder whose weights are written down rather than trained: it keeps pitch, rhythm and
+loudness, at 64 channels, and loses most of the timbre. The diffusion
 model is a stable-audio-tools DiT, trained without masking.
 """)  # fmt: skip
     p.add_argument("what", choices=("autoencoder", "diffusion"))
@@ -160,8 +161,7 @@ model is a stable-audio-tools DiT, trained without masking.
     p.add_argument("--out", required=True, help="folder of the model; a stopped training carries on there")
     g = p.add_argument_group("autoencoder")
     g.add_argument("--sample-rate", type=int, default=16000, help="Hz (default: 16000)")
-    g.add_argument("--hop", type=int, default=512, help="samples a latent frame (default: 512)")
-    g.add_argument("--channels", type=int, default=64, help="channels of the latent (default: 64)")
+    g.add_argument("--hop", type=int, default=2048, help="samples a latent frame (default: 2048)")
     g = p.add_argument_group("diffusion")
     g.add_argument(
         "--autoencoder", default="", help="its latents are the data; it goes into the model folder"
@@ -171,7 +171,7 @@ model is a stable-audio-tools DiT, trained without masking.
                    help="conditioning of the model (default: seconds_total)")  # fmt: skip
     g.add_argument("--width", type=int, default=128, help="embedding width, a multiple of 32 (default: 128)")
     g.add_argument("--depth", type=int, default=4, help="transformer layers (default: 4)")
-    g.add_argument("--patch", type=int, default=16, help="latent frames a token (default: 16)")
+    g.add_argument("--patch", type=int, default=4, help="latent frames a token (default: 4)")
     g.add_argument(
         "--frames", type=int, default=0, help="padded length in frames (default: the longest track)"
     )

@@ -102,6 +102,7 @@ def open_run(path: str | Path, settings: Settings) -> Iterator[Run]:
         raise _unwritable(root, error) from error
     try:
         _take(lock, root)
+        _sweep(root)
         config = root / CONFIG
         if config.exists():
             changed = differences(read_settings(config), settings)
@@ -116,6 +117,12 @@ def open_run(path: str | Path, settings: Settings) -> Iterator[Run]:
 
 def _unwritable(root: Path, error: OSError) -> UserError:
     return UserError(f"the run directory {root} cannot be written ({error.strerror}): choose another --out")
+
+
+def _sweep(root: Path) -> None:
+    """Remove what a killed process left half-written: our ``.part`` files and safetensors' ``.tmp`` files."""
+    for path in [*root.rglob("*.part"), *root.rglob(".tmp*")]:
+        path.unlink(missing_ok=True)
 
 
 def _take(lock: int, root: Path) -> None:

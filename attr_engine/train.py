@@ -37,7 +37,7 @@ def diffusion_config(
     conditioning: Mapping[str, Sequence[Any]],
     width: int = 128,
     depth: int = 4,
-    patch: int = 8,
+    patch: int = 4,
     objective: str = "v",
 ) -> dict[str, Any]:
     """A small DiT for an autoencoder's latents, as a stable-audio-tools model config.

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "open")
+CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "open")
 
 
 def make(seed: int) -> tuple[Any, Any, Any]:
@@ -84,6 +84,7 @@ def _child(job: dict[str, Any], answer: int) -> None:
     from attr_engine import UserError, attribute
 
     out, counts = Path(job["out"]), {"predict": 0, "file": 0, "write": 0}
+    removals: list[int] = []
     what, at = job.get("die") or ("predict", -1)
     if "user" in job:
         os.setgid(job["user"])
@@ -100,6 +101,7 @@ def _child(job: dict[str, Any], answer: int) -> None:
             reading = event == "open" and not (arguments[2] & (os.O_WRONLY | os.O_RDWR))
             if not reading:
                 counts["file"] += 1
+                removals.extend([counts["file"]] if event == "shutil.rmtree" else [])
                 _die_at(what, at, counts) if what == "file" else None
 
     model, tracks, queries = make(job["seed"])
@@ -128,7 +130,7 @@ def _child(job: dict[str, Any], answer: int) -> None:
         attribute(model, tracks, queries, small(**job.get("settings", {})), out)
     except UserError as error:
         result["refused"] = str(error)
-    os.write(answer, json.dumps({**counts, **result}).encode())
+    os.write(answer, json.dumps({**counts, "removals": removals, **result}).encode())
 
 
 def main() -> None:

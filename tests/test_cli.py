@@ -60,9 +60,7 @@ def world(tmp_path_factory) -> Path:
         tune(root / "queries" / f"q{i}.wav", 10 + i, 0.8)
     (root / "queries" / "metadata.csv").write_text("path,tempo\nq0.wav,91\nq1.wav,95\n")
     table = root / "music" / "metadata.csv"
-    assert (
-        run("train", "autoencoder", root / "music", "--hop", 256, "--channels", 4, "--out", root / "ae") == 0
-    )
+    assert run("train", "autoencoder", root / "music", "--hop", 256, "--out", root / "ae") == 0
     assert run("ingest", root / "music", "--autoencoder", root / "ae", "--seconds", 2, "--metadata", table,
                "--condition", "tempo", "--out", root / "latents") == 0  # fmt: skip
     assert run("train", "diffusion", root / "latents", "--autoencoder", root / "ae", "--condition", "seconds_total",
@@ -122,7 +120,7 @@ def scores(folder: Path) -> Attribution:
 
 def test_audio_becomes_a_report_with_every_query_and_track(world):
     data = LatentDataset(world / "latents")
-    assert data.ids == [f"t{i}.wav" for i in range(6)] and data.channels == 4
+    assert data.ids == [f"t{i}.wav" for i in range(6)] and data.channels == 64
     assert [c["tempo"] for c in data.conditioning] == [90 + i for i in range(6)]
     result = scores(world / "run")
     assert {query for query, _ in result.updates} == {"q0.wav", "q1.wav", "t3.wav"}
@@ -515,9 +513,9 @@ def test_a_data_set_is_no_model_and_the_other_way_round(world, tmp_path, capsys)
         (["diffusion", "{world}/latents", "--autoencoder", "{world}/ae", "--frames", "16"], "t0.wav' has"),
         (["diffusion", "{world}/latents", "--autoencoder", "{world}/ae", "--frames", "-16"], "frames"),
         (["autoencoder", "nowhere"], "nowhere"),
-        (["autoencoder", "{world}/music", "--channels", "0"], "channels"),
-        (["autoencoder", "{world}/music", "--channels", "64", "--hop", "32"], "channels"),
-        (["autoencoder", "{world}/music", "--hop", "-5"], "channels"),
+        (["autoencoder", "{world}/music", "--hop", "0"], "hop"),
+        (["autoencoder", "{world}/music", "--sample-rate", "4000"], "sample rate"),
+        (["autoencoder", "{world}/music", "--hop", "-5"], "hop"),
         (["autoencoder", "{world}/music", "--sample-rate", "0"], "sample"),
     ],
 )

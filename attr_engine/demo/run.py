@@ -19,13 +19,13 @@ from attr_engine.latents.audio import find_audio, read_audio
 from attr_engine.latents.ingest import ingest_audio
 from attr_engine.latents.store import MANIFEST
 from attr_engine.models.autoencoder import BLOCK_NAME, Autoencoder, load_autoencoder
-from attr_engine.models.lapped import fit_autoencoder
 from attr_engine.models.stable_audio import CONFIG_NAME, load_model
+from attr_engine.models.vocoder import fit_autoencoder
 from attr_engine.report.build import TABLES, build_report
 from attr_engine.runs import open_run
 from attr_engine.settings import Settings
 
-SAMPLE_RATE, FRAMES, PATCH = 16000, 752, 16
+SAMPLE_RATE, FRAMES, PATCH = 16000, 188, 4
 CONDITION = ("lead", "style", "tempo")
 
 
