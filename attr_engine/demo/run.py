@@ -34,7 +34,7 @@ class Scale:
     """How much the demo does."""
 
     tracks: int = 256
-    steps: int = 1200
+    steps: int = 2500
     generated: int = 4
     targets: int = 8
     strengths: tuple[float, ...] = (1e-2, 1e-3, 1e-1)
@@ -125,7 +125,7 @@ def run_demo(out: Path, full: bool = False, scale: Scale | None = None) -> Path:
     encoder = _autoencoder(out / "autoencoder", out / "audio" / "train")
     tracks = _ingest(out / "audio" / "train", out / "latents", encoder)
     _ingest(out / "audio" / "queries", out / "held-out", encoder, kind="held-out")
-    _say(start, f"3/6 training a stable-audio-tools DiT, {scale.steps} steps (about 2 min)")
+    _say(start, f"3/6 training a stable-audio-tools DiT, {scale.steps} steps (about 3 min)")
     _train(out / "model", tracks, encoder, scale)
     _say(start, f"4/6 generating {scale.generated} pieces with the model's own sampler (about 20 s)")
     _generate(out / "generated", out / "model", tracks, scale)
@@ -147,7 +147,7 @@ def _attribute(folder: Path, settings: Settings, start: float) -> Path:
     with open_run(folder, settings) as run:
         job = load_job(run)
         pipeline.check(job)
-        _say(start, f"5/6 attributing: {pipeline.plan_of(job)} (about 4 min)")
+        _say(start, f"5/6 attributing: {pipeline.plan_of(job)} (about 3 min)")
         result = pipeline.run_job(job)
         _say(start, "6/6 writing the report")
         report = build_report(
