@@ -79,7 +79,7 @@ def _train(out: Path, tracks: LatentDataset, encoder: Autoencoder, scale: Scale)
         encoder, FRAMES, train.conditioning_values(tracks, names, tracks.conditioning)
     )
     train.train_diffusion(
-        config, tracks, out, scale.steps, encoder, progress=progress.bar("training", "step")
+        config, tracks, out, scale.steps, encoder, lr=2e-3, progress=progress.bar("training", "step")
     )
 
 
