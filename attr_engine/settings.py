@@ -39,7 +39,7 @@ class Settings:
         "layer groups (cross_attn.to_kv, cross_attn, self_attn, transformer, all) or name patterns",
     )
     functions: tuple[str, ...] = _option(
-        ("displacement", "loss_change", "skew"), "score functions; the first one leads the report"
+        ("loss_change", "skew", "displacement"), "score functions; the first one leads the report"
     )
     strengths: tuple[float, ...] = _option((1e-2,), "strengths of the update; the first one leads the report")
     unit: str = _option(
