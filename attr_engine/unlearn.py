@@ -205,6 +205,3 @@ def unlearn_query(
         for n in delta:
             delta[n] += (lr / training_tracks) * direction[n]
     return Update(name, strength, unit, delta, first_lr, _norm(delta) / weight_norm)
-
-
-unlearn = unlearn_query
