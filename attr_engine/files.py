@@ -9,11 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+# The mask can only be read by setting it, which is the process's, so it is done once.
+_UMASK = os.umask(0)
+os.umask(_UMASK)
 
 
 @contextlib.contextmanager
@@ -33,7 +31,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         with open(part, "rb") as file:
             os.fsync(file.fileno())
         # Some writers make files that only their owner can read.
-        os.chmod(part, 0o666 & ~_umask())
+        os.chmod(part, 0o666 & ~_UMASK)
         os.replace(part, path)
     except BaseException:
         part.unlink(missing_ok=True)

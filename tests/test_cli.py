@@ -448,7 +448,7 @@ def test_duplicate_ids_are_refused_by_id(world, tmp_path, capsys):
 
 def test_a_query_longer_than_the_model_is_refused_by_id(world, tmp_path, capsys):
     frames = json.loads((world / "model" / "model_config.json").read_text())["sample_size"] // 256
-    long = write_set(tmp_path / "long", {"symphony": np.zeros((4, frames + 1), dtype=np.float32)})
+    long = write_set(tmp_path / "long", {"symphony": np.zeros((64, frames + 1), dtype=np.float32)})
     line = complaint(capsys, *attribute(world, tmp_path / "run", queries=long))
     assert f"'symphony' has {frames + 1} frames, the model takes at most {frames}" in line
     tune(tmp_path / "audio" / "opera.wav", 3, 30.0)
@@ -459,11 +459,11 @@ def test_a_query_longer_than_the_model_is_refused_by_id(world, tmp_path, capsys)
 
 def test_sets_that_the_model_cannot_take_are_refused(world, tmp_path, capsys):
     wide = write_set(tmp_path / "wide", {"a": np.zeros((5, 3), dtype=np.float32)})
-    bare = write_set(tmp_path / "bare", {"a": np.ones((4, 3), dtype=np.float32)}, conditioning={})
+    bare = write_set(tmp_path / "bare", {"a": np.ones((64, 3), dtype=np.float32)}, conditioning={})
     text = write_set(
-        tmp_path / "text", {"a": np.ones((4, 3), dtype=np.float32)}, {"seconds_total": 1, "tempo": "slow"}
+        tmp_path / "text", {"a": np.ones((64, 3), dtype=np.float32)}, {"seconds_total": 1, "tempo": "slow"}
     )
-    twice = write_set(tmp_path / "twice", {"t1.wav": np.ones((4, 3), dtype=np.float32)})
+    twice = write_set(tmp_path / "twice", {"t1.wav": np.ones((64, 3), dtype=np.float32)})
     assert "5 channels" in complaint(capsys, *attribute(world, tmp_path / "1", queries=wide))
     assert "5 channels" in complaint(capsys, *attribute(world, tmp_path / "2", data=wide, self_influence="a"))
     assert "'t1.wav' stands twice" in complaint(capsys, *attribute(world, tmp_path / "3", queries=twice))
