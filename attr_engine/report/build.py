@@ -95,15 +95,16 @@ class _Sound:
 
 def _track_info(tracks: Tracks, index: int, clip: Clip | None) -> TrackInfo:
     info = tracks.info[index]
+    title, parent, start = text_of(info, "title"), text_of(info, "parent"), number_of(info, "start") or 0.0
     return TrackInfo(
         id=tracks.ids[index],
-        title=text_of(info, "title"),
+        title=f"{title or parent}, from {start:.0f} s" if parent else title,
         artist=text_of(info, "artist"),
         licence=text_of(info, "licence", "license"),
         seconds=number_of(info, "seconds"),
         source=text_of(info, "source"),
-        start=number_of(info, "start") or 0.0,
-        parent=text_of(info, "parent"),
+        start=start,
+        parent=parent,
         clip=clip,
     )
 
