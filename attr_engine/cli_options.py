@@ -44,11 +44,11 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     for spec in dataclasses.fields(Settings):
         kind, options = kinds[spec.name], {}
         default = getattr(defaults, spec.name)
-        shown = (
-            " ".join(map(str, default))
-            if isinstance(default, tuple)
-            else {True: "on", False: "off"}.get(default, default)
-        )
+        shown = default if default != () else ""
+        if isinstance(default, bool):
+            shown = "on" if default else "off"
+        elif isinstance(default, tuple):
+            shown = " ".join(map(str, default))
         text = spec.metadata["help"] + (f" (default: {shown})" if shown != "" else "")
         if typing.get_origin(kind) is tuple:
             options = {"nargs": "+", "type": typing.get_args(kind)[0], "metavar": "X"}
@@ -153,8 +153,8 @@ def _add_train(commands: Any) -> None:
   attr-engine train diffusion latents --autoencoder autoencoder --condition seconds_total --out model
 
 The autoencoder is a channel vocoder whose weights are written down rather than trained: it keeps pitch, rhythm and
-loudness, at 64 channels, and loses most of the timbre. The diffusion
-model is a stable-audio-tools DiT, trained without masking.
+loudness, at 64 channels, and loses most of the timbre. The diffusion model is a stable-audio-tools DiT, trained
+without masking.
 """)  # fmt: skip
     p.add_argument("what", choices=("autoencoder", "diffusion"))
     p.add_argument("source", help="folder of audio (autoencoder) or data set (diffusion)")
