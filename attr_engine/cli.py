@@ -50,7 +50,7 @@ def _ingest(args: argparse.Namespace) -> None:
 def _train(args: argparse.Namespace) -> None:
     from attr_engine import progress, train
     from attr_engine.latents import LatentDataset
-    from attr_engine.latents.audio import find_audio, read_audio
+    from attr_engine.latents.audio import read_folder
     from attr_engine.models.autoencoder import BLOCK_NAME, load_autoencoder
     from attr_engine.models.stable_audio import CONFIG_NAME
     from attr_engine.models.vocoder import fit_autoencoder
@@ -63,10 +63,7 @@ def _train(args: argparse.Namespace) -> None:
             f"the sample rate {args.sample_rate} and the patch {args.patch} must be at least 1: use the defaults"
         )
     if args.what == "autoencoder":
-        files, show, clips = find_audio(Path(args.source)), progress.bar("reading", "file"), []
-        for n, path in enumerate(files):
-            clips.append(read_audio(path, args.sample_rate, 1))
-            show(n + 1, len(files))
+        clips = read_folder(Path(args.source), args.sample_rate, 1, progress.bar("reading", "file"))
         made = fit_autoencoder(clips, args.sample_rate, out, args.hop)
         print(
             f"written to {out}: {made['frames_per_second']:g} frames a second of {made['channels']:g} channels"

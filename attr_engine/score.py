@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from attr_engine import kernels
-from attr_engine.diffusion import DrawPlan, Noised, losses, noised_rows, predict, standard_error
+from attr_engine.diffusion import DrawPlan, Noised, noised_rows, predict, standard_error
 from attr_engine.errors import UserError
 from attr_engine.latents.batch import Batch
 from attr_engine.models.protocol import Denoiser
@@ -178,9 +178,3 @@ def frame_effects(
         for p, p0, n in zip(after, base, noised, strict=True)
     ]
     return {"displacement": per_frame(moved), "loss_change": per_frame(change)}
-
-
-__all__ = [
-    "SCORE_FUNCTIONS", "Effects", "displacement", "frame_effects", "loss_change", "losses",
-    "measure_effects", "score_function", "scores", "skew",
-]  # fmt: skip

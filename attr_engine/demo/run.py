@@ -15,7 +15,7 @@ from attr_engine.demo.corpus import write_corpus
 from attr_engine.generate import generate
 from attr_engine.jobs import load_job
 from attr_engine.latents import LatentDataset
-from attr_engine.latents.audio import find_audio, read_audio
+from attr_engine.latents.audio import read_folder
 from attr_engine.latents.ingest import ingest_audio
 from attr_engine.latents.store import MANIFEST
 from attr_engine.models.autoencoder import BLOCK_NAME, Autoencoder, load_autoencoder
@@ -53,11 +53,7 @@ def _corpus(audio: Path, scale: Scale) -> None:
 
 def _autoencoder(out: Path, source: Path) -> Autoencoder:
     if not (out / BLOCK_NAME).exists():
-        files, show = find_audio(source), progress.bar("reading", "file")
-        clips = []
-        for n, path in enumerate(files):
-            clips.append(read_audio(path, SAMPLE_RATE, 1))
-            show(n + 1, len(files))
+        clips = read_folder(source, SAMPLE_RATE, 1, progress.bar("reading", "file"))
         fit_autoencoder(clips, SAMPLE_RATE, out)
     return load_autoencoder(out)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -114,3 +115,15 @@ def read_audio(path: Path, sample_rate: int, channels: int) -> np.ndarray:
     if rate != sample_rate:
         audio = soxr.resample(audio, rate, sample_rate)
     return np.ascontiguousarray(audio.T, dtype=np.float32)
+
+
+def read_folder(
+    source: Path, sample_rate: int, channels: int, progress: Callable[[int, int], None] | None = None
+) -> list[np.ndarray]:
+    """Every recording of a folder, as :func:`read_audio` gives it, in the order of :func:`find_audio`."""
+    files, clips = find_audio(source), []
+    for done, path in enumerate(files):
+        clips.append(read_audio(path, sample_rate, channels))
+        if progress is not None:
+            progress(done + 1, len(files))
+    return clips
