@@ -102,9 +102,9 @@ def open_run(path: str | Path, settings: Settings) -> Iterator[Run]:
         raise _unwritable(root, error) from error
     try:
         _take(lock, root)
-        _sweep(root)
         config = root / CONFIG
         if config.exists():
+            _sweep(root)
             changed = differences(read_settings(config), settings)
             if changed:
                 raise UserError(
@@ -120,9 +120,14 @@ def _unwritable(root: Path, error: OSError) -> UserError:
 
 
 def _sweep(root: Path) -> None:
-    """Remove what a killed process left half-written: our ``.part`` files and safetensors' ``.tmp`` files."""
-    for path in [*root.rglob("*.part"), *root.rglob(".tmp*")]:
-        path.unlink(missing_ok=True)
+    """Remove what a killed process of this run left half-written, and nothing that may be somebody else's.
+
+    Those are our ``.part`` files and safetensors' ``.tmp`` files, in the folders that only a run has and
+    directly in the run directory; folders that a user keeps beside them are not entered.
+    """
+    for folder in (root, root / "updates", root / "units"):
+        for path in [*folder.glob("*.safetensors.part"), *folder.glob(".tmp??????")]:
+            path.unlink(missing_ok=True)
 
 
 def _take(lock: int, root: Path) -> None:

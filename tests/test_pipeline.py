@@ -486,3 +486,21 @@ def test_batches_and_order_of_a_stable_audio_model(seed, rng, tmp_path, measured
     compare_batches(
         in_every_batch(model, tracks, queries, rng, tmp_path, {1: 8, 16: 32}), 1e-6, 0.9996, measured
     )
+
+
+def test_opening_a_run_removes_its_own_leftovers_and_nobody_elses(tmp_path):
+    with open_run(tmp_path, Settings()) as run:
+        run.record()
+    ours = [tmp_path / "units" / "000000.safetensors.part", tmp_path / "fisher.safetensors.part"]
+    theirs = [
+        tmp_path / "download.part",
+        tmp_path / "music" / "song.safetensors.part",
+        tmp_path / "music" / ".tmpabcdef",
+    ]
+    for path in (*ours, *theirs):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    with open_run(tmp_path, Settings()):
+        pass
+    assert not any(path.exists() for path in ours)
+    assert all(path.exists() for path in theirs)

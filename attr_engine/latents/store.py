@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from attr_engine.errors import UserError, one_line
+from attr_engine.files import whole_file
 from attr_engine.latents import native
 from attr_engine.latents.batch import Batch
 from attr_engine.latents.memory import check_ids, check_latent, check_padding
@@ -111,11 +112,9 @@ class LatentWriter:
 
         offsets = np.cumsum([0, *map(len, self._pending)], dtype=np.int64)
         path = self.out / f"shard-{self._shard:05d}.safetensors"
-        part = path.with_suffix(".part")
-        save_file(
-            {"latents": np.concatenate(self._pending), "offsets": offsets}, part, metadata={"format": FORMAT}
-        )
-        _sync_rename(part, path)
+        tensors = {"latents": np.concatenate(self._pending), "offsets": offsets}
+        with whole_file(path) as part:
+            save_file(tensors, part, metadata={"format": FORMAT})
         self._pending, self._start, self._bytes, self._shard = [], 0, 0, self._shard + 1
 
     def close(self) -> None:
@@ -141,9 +140,8 @@ def write_manifest(path: Path, rows: Mapping[str, list[Any]], meta: Mapping[str,
 
     signed = {**meta, "crc32c": native.crc32c(json.dumps(dict(meta), sort_keys=True).encode())}
     table = pa.table(dict(rows)).replace_schema_metadata({"attr_engine": json.dumps(signed)})
-    part = path.with_name(path.name + ".part")
-    pq.write_table(table, part, write_page_checksum=True)
-    _sync_rename(part, path)
+    with whole_file(path) as part:
+        pq.write_table(table, part, write_page_checksum=True)
 
 
 def _to_json(values: Mapping[str, Any], what: str, allow_nan: bool = True) -> str:
@@ -153,12 +151,6 @@ def _to_json(values: Mapping[str, Any], what: str, allow_nan: bool = True) -> st
         raise UserError(
             f"the {what} cannot be stored as JSON ({error}): use finite numbers and text"
         ) from error
-
-
-def _sync_rename(part: Path, path: Path) -> None:
-    with open(part, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 class _Shard:
