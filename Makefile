@@ -3,13 +3,16 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 CXX ?= g++
-SEEDS ?= 1 2 3 4 5
+SEEDS ?= 1 2 3
+INPUTS ?= 100000
+EXECUTIONS ?= 10000000
+, := ,
 
-DRIVER_SOURCES := csrc/crc32c.cpp csrc/gather.cpp csrc/test/driver.cpp
-CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/test/*.cpp)
+CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/test/*.h csrc/test/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format sanitize clean distclean
+.DELETE_ON_ERROR:
+.PHONY: help venv demo test lint format asan tsan sanitize fuzz clean distclean
 
 help:  ## list the targets
 	@echo "attr_engine: which training tracks made this piece?"
@@ -36,28 +39,48 @@ test: venv  ## style, types and tests, as the continuous integration runs them
 	@echo "[4/4] pytest, two processes (about 4 min left)"
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2
 
-lint: venv  ## style and types without the tests, and clang-format and clang-tidy for csrc
+lint: venv  ## style and types without the tests, and clang-format and clang-tidy for csrc (2 min)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/clang-format --dry-run -Werror $(CSRC)
-	@tidy=$$(command -v $(BIN)/clang-tidy || command -v clang-tidy) || { \
-	  echo "clang-tidy was left out: $(BIN)/pip install clang-tidy"; exit 0; }; \
-	$$tidy --quiet csrc/*.cpp -- -std=c++17 -Icsrc $$($(BIN)/python -m pybind11 --includes | sed 's/-I/-isystem /g')
+	@$(BIN)/clang-tidy --quiet $(wildcard csrc/*.cpp csrc/test/*.cpp) -- -std=c++17 -Icsrc \
+	  $$($(BIN)/python -m pybind11 --includes | sed 's/-I/-isystem /g')
 
 format: venv  ## put Python and C++ into the project's layout
 	@$(BIN)/ruff check --select I --fix .
 	@$(BIN)/ruff format .
 	@$(BIN)/clang-format -i $(CSRC)
 
-sanitize:  ## run the C++ driver under the address, undefined-behaviour and thread sanitizers (20 s)
-	@mkdir -p build
-	@for sanitizer in address,undefined thread; do \
-	  echo "driver with -fsanitize=$$sanitizer, seeds $(SEEDS)"; \
-	  $(CXX) -std=c++17 -g -O1 -Wall -Wextra -D_GLIBCXX_ASSERTIONS -fno-sanitize-recover=all -fsanitize=$$sanitizer -pthread -Icsrc \
-	    $(DRIVER_SOURCES) -o build/driver || exit 1; \
-	  for seed in $(SEEDS); do build/driver $$seed || exit 1; done; \
-	done
+# The checks of csrc without Python, built once for each sanitizer: build/asan/driver, build/tsan/driver, ...
+CHECKED := -std=c++17 -g -O1 -pthread -Wall -Wextra -Werror -D_GLIBCXX_ASSERTIONS -fno-sanitize-recover=all -Icsrc
+CORE := $(filter-out csrc/bindings.cpp,$(wildcard csrc/*.cpp))
+DRIVER := driver support bytes streams faults
+MUTATE := mutate inputs support
+
+define flavour
+build/$(1)/%.o: csrc/%.cpp $(wildcard csrc/*.h csrc/test/*.h)
+	@mkdir -p $$(@D)
+	@$(CXX) $(CHECKED) -fsanitize=$(2) -c $$< -o $$@
+build/$(1)/driver: $(CORE:csrc/%.cpp=build/$(1)/%.o) $(DRIVER:%=build/$(1)/test/%.o)
+	@$(CXX) -fsanitize=$(2) -pthread $$^ -o $$@
+build/$(1)/mutate: $(CORE:csrc/%.cpp=build/$(1)/%.o) $(MUTATE:%=build/$(1)/test/%.o)
+	@$(CXX) -fsanitize=$(2) -pthread $$^ -o $$@
+endef
+$(eval $(call flavour,asan,address$(,)undefined))
+$(eval $(call flavour,tsan,thread))
+
+asan: build/asan/driver build/asan/mutate  ## run the C++ checks under the address and undefined-behaviour sanitizers
+	@for seed in $(SEEDS); do build/asan/driver $$seed || exit 1; done
+	@build/asan/mutate $(INPUTS) $(firstword $(SEEDS))
+
+tsan: build/tsan/driver  ## run the C++ checks under the thread sanitizer
+	@for seed in $(SEEDS); do build/tsan/driver $$seed || exit 1; done
+
+sanitize: asan tsan  ## run the C++ checks under all sanitizers (3 min)
+
+fuzz:  ## fuzz the header parser with libFuzzer, and streams for a minute (10 min)
+	@csrc/test/fuzz.sh $(EXECUTIONS)
 
 clean:  ## remove what was built and what the demo wrote; .venv stays
 	rm -rf build dist *.egg-info demo-run .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -21,6 +21,7 @@ except ImportError:
 
 MODE = os.environ.get("ATTR_ENGINE_NATIVE", "auto")
 OPTIMIZE = ["-O3", "-Wall", "-Wextra"]
+LINK = ["-pthread"]
 
 
 class OptionalBuildExt(build_ext):
@@ -72,7 +73,8 @@ def extensions() -> list[Extension]:
             depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
             include_dirs=["csrc"],
             cxx_std=17,
-            extra_compile_args=OPTIMIZE,
+            extra_compile_args=[*OPTIMIZE, *LINK],
+            extra_link_args=LINK,
             optional=MODE != "require",
         )
     ]

@@ -3,48 +3,105 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from attr_engine import cli_options
 from attr_engine.errors import UserError, printable
 
+if TYPE_CHECKING:
+    from attr_engine.latents.ingest import Report
+
 
 def _ingest(args: argparse.Namespace) -> None:
+    from attr_engine import progress
+    from attr_engine.latents import convert
+
+    source, out = Path(args.source), Path(args.out)
+    kind = convert.guess_kind(source) if args.kind == "auto" else args.kind
+    metadata = Path(args.metadata) if args.metadata else None
+    common: dict[str, Any] = {"condition": args.condition, "workers": args.workers, "append": args.append}
+    if kind in ("pre-encoded", "webdataset") and metadata is not None:
+        raise UserError(f"--metadata is for audio and arrays, a {kind} source has its own: leave it out")
+    if kind == "audio":
+        report = _ingest_audio(args, source, out, metadata, common)
+    elif kind == "arrays":
+        report = convert.ingest_arrays(source, out, metadata, scale=args.scale, dtype=args.store_dtype,
+                                       progress=progress.bar("reading", "array"), **common)  # fmt: skip
+    else:
+        take, unit = (
+            (convert.ingest_webdataset, "MB")
+            if kind == "webdataset"
+            else (convert.ingest_pre_encoded, "file")
+        )
+        report = take(source, out, scale=args.scale, dtype=args.store_dtype, progress=progress.bar("reading", unit),
+                      **common)  # fmt: skip
+    for note in report.notes:
+        print(f"note: {printable(note)}", file=sys.stderr)
+    there = f", {report.there} were there already" if report.there else ""
+    print(f"{report.tracks} tracks written to {out}{there}")
+
+
+def _ingest_audio(
+    args: argparse.Namespace, source: Path, out: Path, metadata: Path | None, common: dict[str, Any]
+) -> Report:
     from attr_engine import progress
     from attr_engine.latents import ingest
     from attr_engine.models.autoencoder import load_autoencoder
 
-    source, out = Path(args.source), Path(args.out)
-    kind = ingest.guess_kind(source) if args.kind == "auto" else args.kind
-    metadata = Path(args.metadata) if args.metadata else None
-    if kind == "audio":
-        if not args.autoencoder:
-            raise UserError(
-                "audio needs an autoencoder: give --autoencoder, a model folder or an autoencoder folder"
-            )
-        encoder = load_autoencoder(args.autoencoder, args.weights or None)
-        if not encoder.samples_per_frame / encoder.sample_rate <= args.seconds < math.inf:
-            raise UserError(
-                f"--seconds {args.seconds} is less than one latent frame, or endless: use another length"
-            )
-        frames = int(args.seconds * encoder.sample_rate) // encoder.samples_per_frame
-        report = ingest.ingest_audio(
-            source, out, encoder, frames, metadata, args.condition, args.long, args.hop or None, args.store_dtype,
-            progress=progress.bar("encoding", "file"),
-        )  # fmt: skip
-    elif kind == "pre-encoded":
-        report = ingest.ingest_pre_encoded(
-            source, out, args.condition, args.scale, progress.bar("reading", "file")
+    if not args.autoencoder:
+        raise UserError(
+            "audio needs an autoencoder: give --autoencoder, a model folder or an autoencoder folder"
         )
+    if args.scale != 1:
+        raise UserError("--scale is for latents that exist, an autoencoder has its own: leave it out")
+    encoder = load_autoencoder(args.autoencoder, args.weights or None)
+    if not encoder.samples_per_frame / encoder.sample_rate <= args.seconds < math.inf:
+        raise UserError(
+            f"--seconds {args.seconds} is less than one latent frame, or endless: use another length"
+        )
+    frames = int(args.seconds * encoder.sample_rate) // encoder.samples_per_frame
+    return ingest.ingest_audio(
+        source, out, encoder, frames, metadata, long=args.long, hop=args.hop or None,
+        dtype=args.store_dtype or "float32", progress=progress.bar("encoding", "file"), **common,
+    )  # fmt: skip
+
+
+def _shards(args: argparse.Namespace) -> None:
+    from attr_engine import progress
+    from attr_engine.latents import check
+
+    folder = Path(args.data)
+    if (args.drop and args.action != "repair") or (args.json and args.action == "repair"):
+        raise UserError(
+            f"{'--drop' if args.drop else '--json'} means nothing to shards {args.action}: leave it out"
+        )
+    if args.action == "info":
+        found = check.info(folder)
+        print(json.dumps(found, indent=2) if args.json else printable_table(found))
+    elif args.action == "repair":
+        for sentence in check.repair(folder, args.drop, progress.bar("checking", "shard")):
+            print(printable(sentence))
     else:
-        report = ingest.ingest_arrays(source, out, metadata, args.condition, progress.bar("reading", "array"))
-    for note in report.notes:
-        print(f"note: {printable(note)}", file=sys.stderr)
-    print(f"{report.tracks} tracks written to {out}")
+        verdict = check.verify(folder, progress.bar("checking", "shard"))
+        if args.json:
+            print(verdict.to_json())
+        else:
+            for finding in verdict.findings:
+                print(printable(f"{finding.kind}: {finding.file}: {finding.sentence}"))
+        summary = f"{verdict.tracks} tracks in {verdict.shards} shards, {verdict.bytes / 1e9:.3f} GB"
+        if verdict.harmful:
+            raise UserError(f"{folder}: {len(verdict.harmful)} of {summary} are not right: see the list")
+        print(f"{summary}: every byte is as it was written", file=sys.stderr if args.json else sys.stdout)
+
+
+def printable_table(values: dict[str, Any]) -> str:
+    """Names and values, a line each."""
+    return "\n".join(printable(f"{name:22s}{value}") for name, value in values.items())
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -156,8 +213,8 @@ def _doctor(args: argparse.Namespace) -> None:
 
 
 _COMMANDS: dict[str, Any] = {
-    "ingest": _ingest, "train": _train, "generate": _generate, "fisher": _run, "unlearn": _run, "score": _run, "attribute": _run,
-    "report": _run, "demo": _demo, "doctor": _doctor,
+    "ingest": _ingest, "shards": _shards, "train": _train, "generate": _generate, "fisher": _run, "unlearn": _run,
+    "score": _run, "attribute": _run, "report": _run, "demo": _demo, "doctor": _doctor,
 }  # fmt: skip
 
 

@@ -85,19 +85,27 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
 
 def _add_ingest(commands: Any) -> None:
-    p = _command(commands, "ingest", "turn audio, pre-encoded latents or arrays into a data set", """examples:
+    p = _command(commands, "ingest", "turn audio, pre-encoded latents, webdataset tars or arrays into a data set",
+                 """examples:
   attr-engine ingest music/ --autoencoder model --seconds 24 --out latents
   attr-engine ingest music/ --autoencoder model --metadata tracks.csv --condition artist --out latents
   attr-engine ingest pre_encoded/ --scale 1.7 --condition prompt --out latents
+  attr-engine ingest tars/ --scale 1.7 --condition prompt --out latents
+  attr-engine ingest arrays.npz --metadata tracks.csv --store-dtype float16 --out latents
+  attr-engine ingest music/ --autoencoder model --append --out latents       # what has come to music/ since
+
+Stopped at any moment, the same command carries on and gives the same data set. Samples of a tar are KEY.npy, KEY.json
+and KEY.txt, as webdataset groups them; the JSON is that of a pre-encoded folder.
 """)  # fmt: skip
     p.add_argument(
         "source",
-        help="folder or file of audio, a stable-audio-tools pre-encoded folder, a folder of .npy, or one .npz",
+        help="folder or file of audio, a stable-audio-tools pre-encoded folder, a webdataset tar or a folder of them, "
+        "a folder of .npy or .safetensors, or one .npz, .npy or .safetensors",
     )
     p.add_argument("--out", required=True, help="folder of the data set")
     p.add_argument(
         "--kind",
-        choices=("auto", "audio", "pre-encoded", "arrays"),
+        choices=("auto", "audio", "pre-encoded", "webdataset", "arrays"),
         default="auto",
         help="what the source is (default: by what lies there)",
     )
@@ -128,7 +136,7 @@ def _add_ingest(commands: Any) -> None:
     p.add_argument(
         "--metadata",
         default="",
-        help="CSV or JSON with a 'path' for each file; title, artist, licence and id are used",
+        help="CSV or JSON with a 'path' for each file or array; title, artist, licence and id are used",
     )
     p.add_argument(
         "--condition", nargs="+", default=[], metavar="NAME", help="metadata that the model is conditioned on"
@@ -137,14 +145,38 @@ def _add_ingest(commands: Any) -> None:
         "--scale",
         type=float,
         default=1.0,
-        help="the pretransform's scale, for pre-encoded latents (default: 1)",
+        help="the pretransform's scale, by which latents that exist are divided (default: 1)",
     )
     p.add_argument(
         "--store-dtype",
-        choices=("float32", "float16"),
-        default="float32",
-        help="dtype on disk (default: float32)",
+        choices=("float32", "float16", "bfloat16"),
+        default="",
+        help="dtype on disk (default: float32 for audio, else that of the source)",
     )
+    p.add_argument(
+        "--workers",
+        type=int,
+        default=None,
+        help="threads that read ahead; the result is the same for any number (default: the cores, at most 4)",
+    )
+    p.add_argument(
+        "--append",
+        action="store_true",
+        help="add to a whole data set what of the same source is not in it yet",
+    )
+
+
+def _add_shards(commands: Any) -> None:
+    p = _command(commands, "shards", "inspect, check and repair a data set", """examples:
+  attr-engine shards info latents
+  attr-engine shards verify latents                 # reads every byte; exit code 2 where something is wrong
+  attr-engine shards repair latents                 # makes the manifest again from the shards
+  attr-engine shards repair latents --drop          # leaves out what is damaged, by name
+""")  # fmt: skip
+    p.add_argument("action", choices=("info", "verify", "repair"), help="what to do")
+    p.add_argument("data", help="folder of the data set")
+    p.add_argument("--json", action="store_true", help="print JSON (info and verify)")
+    p.add_argument("--drop", action="store_true", help="repair: leave out damaged shards and tracks")
 
 
 def _add_train(commands: Any) -> None:
@@ -220,6 +252,7 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="command")
     _add_ingest(commands)
+    _add_shards(commands)
     _add_train(commands)
     _add_generate(commands)
     for name, text in _RUN_TEXTS.items():

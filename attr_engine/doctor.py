@@ -54,10 +54,10 @@ def examine() -> str:
     lines = [f"python {platform.python_version()} on {platform.platform()}"]
     lines += [_part(*part) for part in _PARTS]
     if native.available():
-        lines.append("ok       C++ extension: latents are gathered and checked in C++")
+        lines.append("ok       C++ extension: latents are read, checked and cast in C++")
     else:
         lines.append(
-            "missing  C++ extension: latents are gathered in Python, slower, with the same results (g++ and Python headers, then reinstall)"
+            "missing  C++ extension: latents are read in Python, slower, with the same results (g++ and Python headers, then reinstall)"
         )
     if torch.cuda.is_available():
         lines.append(f"ok       GPU {torch.cuda.get_device_name(0)}")

@@ -36,6 +36,13 @@ def whole_file(path: Path) -> Iterator[Path]:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # so that files get their names in this order, also where the power fails
+    except OSError:
+        pass  # a file system that cannot
+    finally:
+        os.close(folder)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 
 from attr_engine.errors import UserError
 from attr_engine.latents.ingest import file_hash
-from attr_engine.latents.store import LatentDataset, LatentWriter
+from attr_engine.latents.store import LatentDataset
+from attr_engine.latents.writer import LatentWriter
 from attr_engine.models.stable_audio import StableAudioDenoiser
 
 _BATCH = 8

@@ -11,7 +11,7 @@ from attr_engine.errors import UserError
 from attr_engine.latents import LatentDataset
 from attr_engine.latents.audio import find_audio
 from attr_engine.latents.ingest import ingest_audio
-from attr_engine.latents.store import MANIFEST
+from attr_engine.latents.manifest import MANIFEST
 from attr_engine.models.autoencoder import Autoencoder
 from attr_engine.models.stable_audio import StableAudioDenoiser, load_model
 from attr_engine.pipeline import Job, make_queries

@@ -22,6 +22,7 @@ torch.set_num_threads(1)
 RATE = 16000
 COMMANDS = (
     "ingest",
+    "shards",
     "train",
     "generate",
     "fisher",
@@ -478,12 +479,15 @@ def test_a_damaged_data_set_is_refused_by_file(world, tmp_path, capsys):
     shutil.copytree(world / "latents", tmp_path / "latents")
     shard = tmp_path / "latents" / "shard-00000.safetensors"
     data = bytearray(shard.read_bytes())
-    data[-100] ^= 1
+    tracks = LatentDataset(tmp_path / "latents")
+    latent = tracks.batch([2], int(tracks.lengths[2])).latents[0].T.contiguous().numpy().tobytes()
+    data[bytes(data).index(latent)] ^= 1
     shard.write_bytes(data)
     capsys.readouterr()
     assert run(*attribute(world, tmp_path / "run", data=tmp_path / "latents")) == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("attr-engine: ") and "shard-00000.safetensors" in last and "CRC" in last
+    assert last.startswith("attr-engine: ") and "CRC" in last
+    assert "shard-00000.safetensors" in last and repr(tracks.ids[2]) in last
     shard.unlink()
     assert "is missing" in complaint(capsys, *attribute(world, tmp_path / "run2", data=tmp_path / "latents"))
 

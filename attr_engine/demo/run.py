@@ -17,7 +17,7 @@ from attr_engine.jobs import load_job
 from attr_engine.latents import LatentDataset
 from attr_engine.latents.audio import read_folder
 from attr_engine.latents.ingest import ingest_audio
-from attr_engine.latents.store import MANIFEST
+from attr_engine.latents.manifest import MANIFEST
 from attr_engine.models.autoencoder import BLOCK_NAME, Autoencoder, load_autoencoder
 from attr_engine.models.stable_audio import CONFIG_NAME, load_model
 from attr_engine.models.vocoder import fit_autoencoder

@@ -2,6 +2,7 @@
 
 from attr_engine.latents.batch import Batch, Tracks
 from attr_engine.latents.memory import MemoryTracks
-from attr_engine.latents.store import LatentDataset, LatentWriter
+from attr_engine.latents.store import LatentDataset
+from attr_engine.latents.writer import LatentWriter
 
 __all__ = ["Batch", "LatentDataset", "LatentWriter", "MemoryTracks", "Tracks"]

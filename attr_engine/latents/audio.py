@@ -117,6 +117,18 @@ def read_audio(path: Path, sample_rate: int, channels: int) -> np.ndarray:
     return np.ascontiguousarray(audio.T, dtype=np.float32)
 
 
+def decoded_bytes(path: Path, sample_rate: int, channels: int) -> int:
+    """Bytes that :func:`read_audio` takes for a file, both before and after resampling; 0 where it cannot be read."""
+    try:
+        import soundfile
+
+        info = soundfile.info(path)
+        seconds = info.frames / max(info.samplerate, 1)
+        return int(4 * (info.frames * info.channels + seconds * sample_rate * channels))
+    except (ImportError, OSError, RuntimeError, TypeError):  # read_audio says what is wrong
+        return 0
+
+
 def read_folder(
     source: Path, sample_rate: int, channels: int, progress: Callable[[int, int], None] | None = None
 ) -> list[np.ndarray]:

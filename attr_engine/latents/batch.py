@@ -75,7 +75,7 @@ def check_tracks(tracks: Tracks, channels: int, frames: int, what: str) -> None:
         what: how to call the set in the message, e.g. ``"query"``.
 
     Raises:
-        UserError: the set is empty, has other channels, or a track is longer than the model.
+        UserError: the set is empty, has other channels, or a track is empty or longer than the model.
     """
     if len(tracks) == 0:
         raise UserError(f"the {what} set is empty: ingest at least one track")
@@ -84,6 +84,9 @@ def check_tracks(tracks: Tracks, channels: int, frames: int, what: str) -> None:
             f"the {what} set has latents of {tracks.channels} channels, the model takes {channels}: "
             "encode it with the model's own autoencoder (attr-engine ingest --model ...)"
         )
+    empty = np.flatnonzero(tracks.lengths < 1)
+    if len(empty):
+        raise UserError(f"{what} {tracks.ids[int(empty[0])]!r} has no valid frames: leave it out")
     too_long = np.flatnonzero(tracks.lengths > frames)
     if len(too_long):
         i = int(too_long[0])

@@ -1,14 +1,12 @@
-"""From what people have to latents on disk: audio, stable-audio-tools' pre-encoded folders, arrays."""
+"""From audio to latents on disk, through a model's autoencoder."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,17 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attr_engine.errors import UserError, one_line
-from attr_engine.latents.audio import find_audio, read_audio
-from attr_engine.latents.memory import check_ids, check_latent
+from attr_engine.errors import UserError
+from attr_engine.latents.ahead import ahead
+from attr_engine.latents.audio import decoded_bytes, find_audio, read_audio
+from attr_engine.latents.build import contents_of
+from attr_engine.latents.memory import check_ids
 from attr_engine.latents.metadata import conditioning_of, read_metadata
-from attr_engine.latents.store import LatentWriter
-from attr_engine.models.checkpoint import read_json
+from attr_engine.latents.writer import LatentWriter
 
 Progress = Callable[[int, int], None]
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Silence after the end of a track that the encoder may look at, in frames.
 _CONTEXT = 16
-_INFO_KEYS = ("title", "artist", "licence", "license", "album", "collection", "source", "caption", "prompt")
 
 
 class Encoder(Protocol):
@@ -44,10 +43,56 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class Report:
-    """What an ingest did: tracks written, and sentences about what is worth knowing."""
+    """What an ingest did.
+
+    Attributes:
+        tracks: written by this call.
+        notes: sentences about what is worth knowing.
+        there: tracks that the folder held already.
+    """
 
     tracks: int
     notes: tuple[str, ...]
+    there: int = 0
+
+
+@dataclass(frozen=True)
+class _File:
+    """A recording: where it is, its name in the source, its id."""
+
+    path: Path
+    name: str
+    id: str
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """How recordings become tracks."""
+
+    encoder: Encoder
+    frames: int
+    long: str
+    hop: float | None
+    dtype: str
+
+    def spans(self, samples: int, path: Path) -> list[tuple[int, int]]:
+        """(start, stop) of a recording's windows, in samples."""
+        rate, longest = self.encoder.sample_rate, self.frames * self.encoder.samples_per_frame
+        if samples > longest and self.long == "error":
+            raise UserError(
+                f"{path} lasts {samples / rate:.1f} s, the model takes at most {longest / rate:.1f} s: "
+                "cut it, or use --long window"
+            )
+        step = longest if self.hop is None else max(1, round(self.hop * rate))
+        return windows(samples, longest, step, min(rate, longest))
+
+    def encode(self, audio: np.ndarray) -> Tensor:
+        """Latent ``[C, n]`` of one window: encoded with silence after its end, then trimmed."""
+        size = self.encoder.samples_per_frame
+        n = math.ceil(audio.shape[1] / size)
+        padded = np.zeros((audio.shape[0], min(n + _CONTEXT, max(n, self.frames)) * size), dtype=np.float32)
+        padded[:, : audio.shape[1]] = audio
+        return self.encoder.encode(torch.from_numpy(padded)[None])[0, :, :n].cpu().to(DTYPES[self.dtype])
 
 
 def silence_latent(encoder: Encoder) -> np.ndarray:
@@ -74,9 +119,12 @@ def windows(samples: int, longest: int, hop: int, shortest: int) -> list[tuple[i
 def ingest_audio(
     source: Path, out: Path, encoder: Encoder, frames: int, metadata: Path | None = None,
     condition: Sequence[str] = (), long: str = "window", hop: float | None = None, dtype: str = "float32",
-    kind: str = "", progress: Progress | None = None,
+    kind: str = "", progress: Progress | None = None, workers: int | None = None, append: bool = False,
 ) -> Report:  # fmt: skip
     """Encode audio into a data set.
+
+    Files are read, mixed and resampled ahead in threads and encoded one after the other, so the result does not
+    depend on the number of threads. Stopped at any moment, the same call goes on after the last whole shard.
 
     Args:
         source: a folder of audio, or one file.
@@ -88,58 +136,113 @@ def ingest_audio(
             ``seconds_total`` are always there.
         long: ``"window"`` cuts longer recordings, ``"error"`` refuses them.
         hop: seconds from window to window; default the longest track, no overlap.
-        dtype: ``"float32"`` or ``"float16"``, as stored.
+        dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``, as stored.
         kind: stored as ``info["kind"]`` where given, e.g. ``"held-out"``.
         progress: called with (files done, files).
+        workers: threads that read; default the number of cores, at most 4.
+        append: add recordings to a whole data set.
 
     Raises:
-        UserError: anything unusable, by file.
+        UserError: anything unusable, by file; or what is in ``out`` was begun with other settings.
     """
     if hop is not None and not 0 < hop < math.inf:
         raise UserError(f"a hop of {hop} seconds makes no windows: give seconds above 0")
     rows = read_metadata(metadata, condition) if metadata is not None else {}
-    files = find_audio(source)
-    root = source if source.is_dir() else source.parent
-    names = [p.relative_to(root).as_posix() for p in files]
-    ids = [_id_of(rows.get(name, {}), name) for name in names]
-    check_ids(ids)
-    notes = []
-    absent = [name for name in rows if name not in set(names)]
+    files, root = _files(source, rows)
+    names, notes = {file.name for file in files}, []
+    absent = [name for name in rows if name not in names]
     if absent and source.is_dir():
         notes.append(f"{len(absent)} metadata rows name files that are not there, first {absent[0]!r}")
-    extra = {"root": str(root.resolve()), "encoder": encoder.fingerprint, "sample_rate": encoder.sample_rate,
-             "samples_per_frame": encoder.samples_per_frame}  # fmt: skip
-    writer = LatentWriter(out, padding=silence_latent(encoder), extra=extra)
-    count = 0
-    for done, (path, name, track) in enumerate(zip(files, names, ids, strict=True)):
-        audio, digest = read_audio(path, encoder.sample_rate, encoder.audio_channels), file_hash(path)
-        if not audio.any():
-            notes.append(f"{name} is digital silence")
-        spans = _spans(audio.shape[1], frames, encoder, long, hop, path)
-        row = rows.get(name, {})
-        for number, (start, stop) in enumerate(spans):
-            window_id = track if len(spans) == 1 else f"{track}#{number:03d}"
-            seconds = audio.shape[1] / encoder.sample_rate
-            timing = {"seconds_start": start / encoder.sample_rate, "seconds_total": seconds}
-            conditioning = {**timing, **conditioning_of(row, condition, name)}
-            info = {"title": path.stem, **row, "source": name, "seconds": (stop - start) / encoder.sample_rate,
-                    "start": start / encoder.sample_rate, "parent": track if len(spans) > 1 else "",
-                    "sha256": digest}  # fmt: skip
-            if kind:
-                info["kind"] = kind
-            writer.add(
-                window_id, _encode(audio[:, start:stop], encoder, frames).astype(dtype), conditioning, info
+    extra = {
+        "root": str(root.resolve()), "encoder": encoder.fingerprint, "sample_rate": encoder.sample_rate,
+        "samples_per_frame": encoder.samples_per_frame, "from": "audio", "source": str(source.resolve()),
+        "frames": frames, "hop": hop, "long": long, "condition": list(condition), "store_dtype": dtype, "kind": kind,
+    }  # fmt: skip
+    cut, count = _Cut(encoder, frames, long, hop, dtype), 0
+    with LatentWriter(out, padding=_padding(out, encoder), extra=extra, append=append) as writer:
+        todo = [file for file in files if not (writer.has(file.id) or writer.has(f"{file.id}#000"))]
+        done = len(files) - len(todo)
+        if progress is not None and done:
+            progress(done, len(files))
+        if append and done:
+            notes.append(f"{done} of {len(files)} files are in the data set already and were skipped")
+        for file, (audio, digest) in ahead(todo, _loader(encoder), workers, _cost(encoder)):
+            if not audio.any():
+                notes.append(f"{file.name} is digital silence")
+            row = rows.get(file.name, {})
+            more = {"kind": kind} if kind else {}
+            count += _add(writer, file, audio, row, cut, {"sha256": digest, **more}, condition)
+            done += 1
+            if progress is not None:
+                progress(done, len(files))
+    return Report(count, tuple(notes), writer.resumed)
+
+
+def _files(source: Path, rows: Mapping[str, Mapping[str, Any]]) -> tuple[list[_File], Path]:
+    """The recordings of a source with their ids, checked, and the folder that their names are relative to."""
+    paths = find_audio(source)
+    root = source if source.is_dir() else source.parent
+    names = [path.relative_to(root).as_posix() for path in paths]
+    files = [
+        _File(path, name, id_of(rows.get(name, {}), name)) for path, name in zip(paths, names, strict=True)
+    ]
+    ids = set[str]()
+    check_ids([file.id for file in files], ids)
+    for file in files:
+        parent, _, number = file.id.rpartition("#")
+        if parent in ids and re.fullmatch("[0-9]{3,}", number):
+            raise UserError(
+                f"the id {file.id!r} stands twice: it is that of {file.name} and of a window of {parent!r}, rename one"
             )
-            count += 1
-        if progress is not None:
-            progress(done + 1, len(files))
-    writer.close()
-    return Report(count, tuple(notes))
+    return files, root
 
 
-def _id_of(row: Mapping[str, Any], name: str) -> str:
+def id_of(row: Mapping[str, Any], name: str) -> str:
     """The id that the metadata give a file, else its name."""
     return name if row.get("id") in (None, "") else str(row["id"])
+
+
+def _padding(out: Path, encoder: Encoder) -> np.ndarray:
+    """The padding of the shards that are there, else the latent of silence.
+
+    With another number of threads the same encoder may round it otherwise; that the encoder is the same is checked
+    by its fingerprint.
+    """
+    shards = sorted(out.glob("shard-*.safetensors"))
+    known = contents_of(out, shards[0].name).meta.get("padding") if shards else None
+    return silence_latent(encoder) if known is None else np.asarray(known, dtype=np.float64)
+
+
+def _loader(encoder: Encoder) -> Callable[[_File], tuple[np.ndarray, str]]:
+    def load(file: _File) -> tuple[np.ndarray, str]:
+        audio = read_audio(file.path, encoder.sample_rate, encoder.audio_channels)
+        return audio, file_hash(file.path)
+
+    return load
+
+
+def _cost(encoder: Encoder) -> Callable[[_File], int]:
+    return lambda file: decoded_bytes(file.path, encoder.sample_rate, encoder.audio_channels)
+
+
+def _add(
+    writer: LatentWriter, file: _File, audio: np.ndarray, row: Mapping[str, Any], cut: _Cut,
+    more_info: Mapping[str, Any], condition: Sequence[str],
+) -> int:  # fmt: skip
+    """Add the windows of one recording, which all lie in one shard, and return how many."""
+    spans, rate, count = cut.spans(audio.shape[1], file.path), cut.encoder.sample_rate, 0
+    given = conditioning_of(row, condition, file.name)
+    for number, (start, stop) in enumerate(spans):
+        name = file.id if len(spans) == 1 else f"{file.id}#{number:03d}"
+        if writer.has(name):
+            continue
+        timing = {"seconds_start": start / rate, "seconds_total": audio.shape[1] / rate}
+        info = {"title": file.path.stem, **row, "source": file.name, "seconds": (stop - start) / rate,
+                "start": start / rate, "parent": file.id if len(spans) > 1 else "", **more_info}  # fmt: skip
+        latent = cut.encode(audio[:, start:stop])
+        writer.add(name, latent, {**timing, **given}, info, more=number + 1 < len(spans))
+        count += 1
+    return count
 
 
 def file_hash(path: Path) -> str:
@@ -149,220 +252,3 @@ def file_hash(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _spans(
-    samples: int, frames: int, encoder: Encoder, long: str, hop: float | None, path: Path
-) -> list[tuple[int, int]]:
-    longest = frames * encoder.samples_per_frame
-    if samples > longest and long == "error":
-        limit = longest / encoder.sample_rate
-        raise UserError(
-            f"{path} lasts {samples / encoder.sample_rate:.1f} s, the model takes at most {limit:.1f} s: cut it, or use --long window"
-        )
-    step = longest if hop is None else max(1, round(hop * encoder.sample_rate))
-    return windows(samples, longest, step, min(encoder.sample_rate, longest))
-
-
-def _encode(audio: np.ndarray, encoder: Encoder, frames: int) -> np.ndarray:
-    """Latent ``[C, n]`` of one window: encoded with silence after its end, then trimmed."""
-    size = encoder.samples_per_frame
-    n = math.ceil(audio.shape[1] / size)
-    padded = np.zeros((audio.shape[0], min(n + _CONTEXT, max(n, frames)) * size), dtype=np.float32)
-    padded[:, : audio.shape[1]] = audio
-    return np.asarray(encoder.encode(torch.from_numpy(padded)[None])[0, :, :n].cpu().numpy())
-
-
-# -- latents that exist already -------------------------------------------------------------------
-
-
-def _load_array(path: Path) -> np.ndarray:
-    try:
-        # The map checks the size in the header against the file before memory is taken.
-        mapped = np.lib.format.open_memmap(path, mode="r")
-        return np.array(mapped)
-    except Exception as error:  # a damaged header is parsed as Python and raises what the parser raises
-        raise UserError(
-            f"{path} cannot be read as a latent ({one_line(error)}): save it with numpy.save, without pickle"
-        ) from error
-
-
-def _pre_encoded(source: Path) -> Iterator[tuple[str, np.ndarray, dict[str, Any]]]:
-    """(name, latent ``[C, n]``, JSON) of a pre-encoded folder, in order of file names."""
-    for path in sorted(source.rglob("*.npy")):
-        if path.name == "silence.npy":
-            continue
-        name = path.relative_to(source).with_suffix("").as_posix()
-        described = path.with_suffix(".json")
-        if not described.is_file():
-            raise UserError(
-                f"{path} has no {described.name} beside it: it is not a pre-encoded folder, or use --kind arrays"
-            )
-        row = read_json(described, "description")
-        latent = _load_array(path)
-        check_latent(latent, str(path))
-        mask = row.pop("padding_mask", None)
-        if mask is not None:
-            latent = latent[:, : _valid_frames(mask, latent.shape[1], described)]
-        yield name, latent, row
-
-
-def _valid_frames(mask: Any, frames: int, described: Path) -> int:
-    """Place of the last 1 in a mask of 0 and 1 (int, not bool): a list, a list in a list, or for one frame a number."""
-    while isinstance(mask, list) and len(mask) == 1 and isinstance(mask[0], list):
-        mask = mask[0]
-    entries = mask if isinstance(mask, list) else [mask]
-    if not all(isinstance(x, int | float) and x in (0, 1) for x in entries):
-        raise UserError(f"{described} has a padding_mask that is not a list of 0 and 1: encode again")
-    valid = max((i + 1 for i, x in enumerate(entries) if x), default=0)
-    if valid == 0:
-        raise UserError(f"{described} masks every frame: leave the track out")
-    if valid > frames:
-        raise UserError(
-            f"{described} has a padding_mask with {valid} valid frames, the latent has {frames}: encode again"
-        )
-    return valid
-
-
-def _silence(source: Path, scale: float) -> np.ndarray | None:
-    """Latent of silence ``[C]`` of a pre-encoded folder, None where it has none."""
-    path = next(iter(sorted(source.rglob("silence.npy"))), None)
-    if path is None:
-        return None
-    array = _load_array(path)
-    array = array[0] if array.ndim == 3 and len(array) == 1 else array
-    array = array[:, None] if array.ndim == 1 else array
-    return np.asarray(check_latent(array, str(path)).astype(np.float64).mean(axis=0) / scale)
-
-
-def ingest_pre_encoded(
-    source: Path,
-    out: Path,
-    condition: Sequence[str] = (),
-    scale: float = 1.0,
-    progress: Progress | None = None,
-) -> Report:
-    """Take over a stable-audio-tools pre-encoded folder (``.npy`` + ``.json``).
-
-    Args:
-        source: the folder, with its rank subfolders or flat; ``silence.npy`` becomes the padding.
-        out: folder of the data set.
-        condition: keys of the JSON that the model is conditioned on.
-        scale: the pretransform's scale; latents are stored unscaled there and divided by it here.
-        progress: called with (files done, files).
-
-    Raises:
-        UserError: anything unusable, by file.
-    """
-    total = sum(1 for p in source.rglob("*.npy") if p.name != "silence.npy")
-    if total == 0:
-        raise UserError(f"{source} holds no .npy latents: check the path")
-    if not 0 < abs(scale) < math.inf:
-        raise UserError(
-            f"a scale of {scale} cannot divide latents: give the pretransform's scale from its config"
-        )
-    writer, seen, doubles, count = LatentWriter(out, padding=_silence(source, scale)), set[str](), 0, 0
-    for done, (name, latent, row) in enumerate(_pre_encoded(source)):
-        # An error while encoding puts another track's latent there: the same path and timestamps twice.
-        origin = json.dumps(
-            [row.get("path") or row.get("relpath"), row.get("timestamps"), row.get("seconds_start")]
-        )
-        if (row.get("path") or row.get("relpath")) and origin in seen:
-            doubles += 1
-        else:
-            seen.add(origin)
-            timing: dict[str, Any] = {k: row[k] for k in ("seconds_start", "seconds_total") if k in row}
-            info = {k: row[k] for k in _INFO_KEYS if k in row}
-            info = {
-                "title": str(row.get("prompt") or name),
-                **info,
-                "source": str(row.get("relpath") or row.get("path") or name),
-            }
-            writer.add(
-                name,
-                (latent.astype(np.promote_types(latent.dtype, np.float32)) / scale).astype(latent.dtype),
-                {**timing, **conditioning_of(row, condition, name)},
-                info,
-            )
-            count += 1
-        if progress is not None:
-            progress(done + 1, total)
-    writer.close()
-    notes = (
-        (f"{doubles} files repeat the path and timestamps of another and were left out",) if doubles else ()
-    )
-    return Report(count, notes)
-
-
-def _members(path: Path) -> list[str]:
-    """Names of the arrays of an archive."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
-    except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} cannot be read as an archive ({error}): save it with numpy.savez") from error
-
-
-def _load_member(path: Path, name: str) -> np.ndarray:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return np.asarray(archive[name])
-    except Exception as error:  # zip, zlib, or a damaged header that is parsed as Python
-        raise UserError(
-            f"{path}: the array {name!r} cannot be read ({one_line(error)}): save it with numpy.savez, without pickle"
-        ) from error
-
-
-def ingest_arrays(
-    source: Path,
-    out: Path,
-    metadata: Path | None = None,
-    condition: Sequence[str] = (),
-    progress: Progress | None = None,
-) -> Report:
-    """Take over arrays ``[C, n]``: a folder of ``.npy``, one ``.npy`` or one ``.npz``; ids are their names.
-
-    Raises:
-        UserError: anything unusable, by file.
-    """
-    rows = read_metadata(metadata, condition) if metadata is not None else {}
-    items: list[tuple[str, Callable[[], np.ndarray]]]
-    if source.suffix == ".npz":
-        items = [(name, partial(_load_member, source, name)) for name in _members(source)]
-    elif source.is_file():
-        items = [(source.stem, partial(_load_array, source))]
-    else:
-        files = sorted(source.rglob("*.npy"))
-        items = [(p.relative_to(source).with_suffix("").as_posix(), partial(_load_array, p)) for p in files]
-    if not items:
-        raise UserError(f"{source} holds no arrays: give a folder of .npy or one .npz")
-    writer = LatentWriter(out)
-    for done, (name, load) in enumerate(items):
-        row = rows.get(name, rows.get(f"{name}.npy", {}))
-        writer.add(
-            _id_of(row, name),
-            load(),
-            conditioning_of(row, condition, name),
-            {"title": name, **row, "source": name},
-        )
-        if progress is not None:
-            progress(done + 1, len(items))
-    writer.close()
-    return Report(len(items), ())
-
-
-def guess_kind(source: Path) -> str:
-    """``"audio"``, ``"pre-encoded"`` or ``"arrays"``, by what lies there.
-
-    Raises:
-        UserError: the source does not exist.
-    """
-    if not source.exists():
-        raise UserError(f"{source} does not exist: check the path")
-    if source.suffix in (".npz", ".npy"):
-        return "arrays"
-    if source.is_dir():
-        first = next(source.rglob("*.npy"), None)
-        if first is not None:
-            return "pre-encoded" if next(source.rglob("*.json"), None) is not None else "arrays"
-    return "audio"

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from attr_engine.errors import UserError
 from attr_engine.latents.batch import Batch, pad, stable_text
@@ -42,7 +43,12 @@ class MemoryTracks:
         if not len(self.ids) == len(latents) == len(self.conditioning) == len(self.info):
             raise UserError("ids, latents, conditioning and info must have one entry a track")
         check_ids(self.ids)
-        self._latents = [check_latent(np.asarray(x), name) for x, name in zip(latents, self.ids, strict=True)]
+        checked = [
+            check_latent(x if isinstance(x, Tensor) else np.asarray(x), name)
+            for x, name in zip(latents, self.ids, strict=True)
+        ]
+        # numpy has no bfloat16
+        self._latents = [(x.float() if x.dtype == torch.bfloat16 else x).numpy() for x in checked]
         self.channels = self._latents[0].shape[1] if self._latents else 0
         for x, name in zip(self._latents, self.ids, strict=True):
             if x.shape[1] != self.channels:
@@ -66,7 +72,16 @@ class MemoryTracks:
         return len(self.ids)
 
     def batch(self, indices: Sequence[int], frames: int) -> Batch:
-        """Tracks at ``indices``, padded to ``frames``; latents float64 if any array is, else float32."""
+        """Tracks at ``indices``, padded to ``frames``; latents float64 if any array is, else float32.
+
+        Raises:
+            UserError: a track is longer than ``frames``.
+        """
+        for i in indices:
+            if self.lengths[i] > frames:
+                raise UserError(
+                    f"track {self.ids[i]!r} has {self.lengths[i]} frames, more than the {frames} asked for: cut it"
+                )
         chosen = [self._latents[i] for i in indices]
         dtype = torch.float64 if any(x.dtype == np.float64 for x in self._latents) else torch.float32
         return Batch(
@@ -126,11 +141,11 @@ def check_ids(ids: Sequence[str], seen: set[str] | None = None) -> None:
         seen.add(name)
 
 
-def check_latent(latent: np.ndarray, name: str) -> np.ndarray:
-    """Check one ``[C, n]`` latent and return it frame-major, ``[n, C]``.
+def check_latent(latent: np.ndarray | Tensor, name: str) -> Tensor:
+    """Check one ``[C, n]`` latent and return it frame-major, contiguous, ``[n, C]``.
 
     Args:
-        latent: float16, float32 or float64 ``[C, n]``.
+        latent: float16, bfloat16 (torch), float32 or float64 ``[C, n]``.
         name: how the message calls it.
 
     Raises:
@@ -138,13 +153,21 @@ def check_latent(latent: np.ndarray, name: str) -> np.ndarray:
     """
     if latent.ndim != 2:
         raise UserError(f"the latent of {name!r} has shape {list(latent.shape)}, expected [channels, frames]")
-    if latent.dtype not in (np.float16, np.float32, np.float64):
+    if isinstance(latent, np.ndarray) and latent.dtype not in (np.float16, np.float32, np.float64):
         raise UserError(f"the latent of {name!r} is {latent.dtype}, expected float16, float32 or float64")
-    if latent.shape[1] == 0 or latent.shape[0] == 0:
+    if isinstance(latent, np.ndarray):
+        frame_major = np.ascontiguousarray(latent.T, dtype=latent.dtype.newbyteorder("="))
+        tensor = torch.from_numpy(frame_major if frame_major.flags.writeable else frame_major.copy())
+    else:
+        tensor = latent.detach().cpu().T.contiguous()
+    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise UserError(f"the latent of {name!r} is {tensor.dtype}, expected a floating-point type")
+    if tensor.numel() == 0:
         raise UserError(f"the latent of {name!r} is empty (shape {list(latent.shape)}): leave the track out")
-    if not np.isfinite(latent).all():
-        frame = int(np.flatnonzero(~np.isfinite(latent).all(axis=0))[0])
+    finite = torch.isfinite(tensor)
+    if not finite.all():
+        frame = int(torch.nonzero(~finite.all(dim=1))[0])
         raise UserError(
             f"the latent of {name!r} holds NaN or infinity (first at frame {frame}): encode it again"
         )
-    return latent.T
+    return tensor

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import secrets
 import shutil
 import subprocess
 import sys
@@ -45,29 +44,43 @@ def test_a_missing_compiler_costs_one_line_and_no_failure(tmp_path):
         assert not list(tmp_path.rglob("_native*"))
 
 
-@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
-def test_the_driver_is_clean_under_sanitizers(sanitizer, tmp_path):
-    if CXX is None:
-        pytest.skip("there is no C++ compiler here")
-    flags = ["-std=c++17", "-g", "-O1", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-pthread"]
-    flags += ["-D_GLIBCXX_ASSERTIONS"]  # checks the bounds of vectors
+@pytest.mark.parametrize(
+    ("target", "sanitizer", "says"),
+    [
+        ("asan", "address,undefined", ["ok (seed {}, ", "ok (seed {}: 100000 inputs, "]),
+        ("tsan", "thread", ["ok (seed {}, "]),
+    ],
+)
+def test_the_checks_of_csrc_are_clean_under_sanitizers(target, sanitizer, says, tmp_path, seed):
+    """The driver under both sanitizers, and 100,000 mutated shards and plans under the first."""
+    if CXX is None or shutil.which("make") is None:
+        pytest.skip("there is no C++ compiler or no make here")
     empty = tmp_path / "empty.cpp"
     empty.write_text("int main() {}\n")
-    trial = subprocess.run([CXX, *flags, empty, "-o", tmp_path / "empty"], capture_output=True, text=True)
+    trial = subprocess.run(
+        [CXX, f"-fsanitize={sanitizer}", empty, "-o", tmp_path / "empty"], capture_output=True, text=True
+    )
     if trial.returncode == 0:
         trial = subprocess.run([tmp_path / "empty"], capture_output=True, text=True)
     if trial.returncode != 0:
         pytest.skip(f"-fsanitize={sanitizer} does not work here: {trial.stderr.strip().splitlines()[-1:]}")
 
-    sources = [CSRC / "crc32c.cpp", CSRC / "gather.cpp", CSRC / "test" / "driver.cpp"]
-    warnings = ["-Wall", "-Wextra", "-Werror"]
-    command = [CXX, *flags, *warnings, f"-I{CSRC}", *sources, "-o", tmp_path / "driver"]
-    build = subprocess.run(command, capture_output=True, text=True)
-    assert build.returncode == 0, build.stderr
-    seed = str(secrets.randbits(63))
-    result = subprocess.run([tmp_path / "driver", seed], capture_output=True, text=True, timeout=60)
-    assert result.returncode == 0, f"seed {seed}\n{result.stdout}{result.stderr}"
-    assert result.stdout.startswith(f"ok (seed {seed}")
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))
+    }
+    command = ["make", target, f"CXX={CXX}", f"SEEDS={seed}"]
+    result = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment | {"TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout}{result.stderr}"
+    lines = result.stdout.splitlines()
+    assert len(lines) == len(says)
+    assert all(line.startswith(start.format(seed)) for line, start in zip(lines, says, strict=True))
 
 
 def test_csrc_is_formatted():

@@ -1,96 +1,32 @@
-"""The C++ extension against its numpy twin: same bytes, same exceptions, same messages."""
+"""The functions of the C++ extension: checksums, casts, the search for NaN, copies; wrong arguments are exceptions."""
 
 from __future__ import annotations
 
-import array
-import os
-import pickle
-import secrets
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 import pytest
+import torch
 
 from attr_engine.latents import native
 
-OFFSET = 4096  # where shards start their data
-
-FACES = {"native": (native.crc32c, native.gather), "numpy": (native._crc32c, native._gather)}
 needs_native = pytest.mark.skipif(not native.available(), reason="the extension is not installed")
+extension = native.reader() if native.available() else None
+
+FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
 @pytest.fixture(params=[pytest.param("native", marks=needs_native), "numpy"])
-def face(request):
-    return FACES[request.param]
+def crc32c(request):
+    return {"native": native.crc32c, "numpy": native._crc32c}[request.param]
 
 
-@pytest.fixture
-def rng():
-    seed = secrets.randbits(64)
-    print(f"seed {seed}")  # shown when the test fails
-    return np.random.default_rng(seed)
-
-
-class Shard:
-    """A file of random rows, and calls that read random tracks of it."""
-
-    def __init__(self, folder, rng, *, rows=700, row_bytes=24, tracks=5, frames=200):
-        self.path = folder / "shard.bin"
-        self.rows, self.row_bytes, self.frames = rows, row_bytes, frames
-        self.data = rng.integers(0, 256, (rows, row_bytes), dtype=np.uint8)
-        self.path.write_bytes(b" " * OFFSET + self.data.tobytes())
-        self.fd = os.open(self.path, os.O_RDONLY)
-        self.lengths = rng.integers(0, min(frames, rows) + 1, tracks)
-        self.lengths[2] = max(1, self.lengths[2])
-        self.starts = np.array([rng.integers(0, rows - n + 1) for n in self.lengths], dtype=np.int64)
-        self.pad_row = rng.integers(0, 256, row_bytes, dtype=np.uint8)
-        self.checksums = np.array(
-            [native._crc32c(self.data[s : s + n]) for s, n in zip(self.starts, self.lengths, strict=True)],
-            dtype=np.uint32,
-        )
-
-    def expected(self, pad_row):
-        batch = np.zeros((len(self.starts), self.frames, self.row_bytes), dtype=np.uint8)
-        if pad_row is not None:
-            batch[:] = pad_row
-        for i, (start, length) in enumerate(zip(self.starts, self.lengths, strict=True)):
-            batch[i, :length] = self.data[start : start + length]
-        return batch
-
-    def call(self, gather, **changes):
-        arguments = {
-            "fd": self.fd,
-            "data_offset": OFFSET,
-            "row_bytes": self.row_bytes,
-            "starts": self.starts,
-            "lengths": self.lengths,
-            "out": np.full((len(self.starts), self.frames, self.row_bytes), 0xEE, dtype=np.uint8),
-            "frames": self.frames,
-            "pad_row": self.pad_row,
-            "checksums": self.checksums,
-        } | changes
-        gather(**arguments)
-        return arguments["out"]
-
-
-@pytest.fixture
-def shard(tmp_path, rng):
-    shard = Shard(tmp_path, rng)
-    yield shard
-    os.close(shard.fd)
-
-
-def changed(values, i, value):
-    copy = values.copy()
-    copy[i] = value
-    return copy
+def octets(tensor):
+    return tensor.contiguous().view(torch.uint8).numpy()
 
 
 # crc32c
 
 
-def test_crc32c_gives_the_published_values(face):
-    crc32c, _ = face
+def test_crc32c_gives_the_published_values(crc32c):
     assert crc32c(b"123456789") == 0xE3069283  # check value of RFC 3720, as are the next
     assert crc32c(bytes(32)) == 0x8A9136AA
     assert crc32c(b"\xff" * 32) == 0x62A8AB43
@@ -111,214 +47,16 @@ def test_crc32c_numpy_joins_its_blocks(rng):
     assert native.crc32c(data) == native._crc32c(data)
 
 
-def test_crc32c_carries_on(face, rng):
-    crc32c, _ = face
+def test_crc32c_carries_on(crc32c, rng):
     data = rng.bytes(10_000)
     for cut in rng.integers(0, 10_000, 10):
         assert crc32c(data[cut:], crc32c(data[:cut])) == crc32c(data)
 
 
-def test_crc32c_takes_any_contiguous_buffer(face, rng):
-    crc32c, _ = face
+def test_crc32c_takes_any_contiguous_buffer(crc32c, rng):
     values = rng.standard_normal((7, 5))
-    assert (
-        crc32c(values) == crc32c(values.tobytes()) == crc32c(memoryview(values)) == crc32c(bytearray(values))
-    )
-
-
-# gather: what it reads
-
-
-@pytest.mark.parametrize("padded", [True, False])
-@pytest.mark.parametrize("checked", [True, False])
-def test_gather_reads_and_pads(face, shard, padded, checked):
-    pad_row = shard.pad_row if padded else None
-    out = shard.call(face[1], pad_row=pad_row, checksums=shard.checksums if checked else None)
-    np.testing.assert_array_equal(out, shard.expected(pad_row))
-
-
-def test_gather_over_random_shapes(face, tmp_path, rng):
-    for _ in range(20):
-        sizes = {"rows": rng.integers(1, 3000), "row_bytes": rng.integers(1, 300)}
-        counts = {"tracks": rng.integers(3, 20), "frames": rng.integers(1, 400)}
-        shard = Shard(tmp_path, rng, **{name: int(n) for name, n in (sizes | counts).items()})
-        np.testing.assert_array_equal(shard.call(face[1]), shard.expected(shard.pad_row))
-        os.close(shard.fd)
-
-
-def test_gather_of_no_tracks(face, shard):
-    none = np.empty(0, dtype=np.int64)
-    shard.call(face[1], starts=none, lengths=none, out=bytearray(), checksums=np.empty(0, dtype=np.uint32))
-
-
-def test_gather_takes_other_buffers(face, shard):
-    out = bytearray(len(shard.starts) * shard.frames * shard.row_bytes)
-    starts, lengths = array.array("q", shard.starts), array.array("q", shard.lengths)
-    shard.call(face[1], starts=starts, lengths=lengths, out=out, pad_row=shard.pad_row.tobytes())
-    assert bytes(out) == shard.expected(shard.pad_row).tobytes()
-
-
-def test_gather_leaves_the_file_position(face, shard):
-    os.lseek(shard.fd, 17, os.SEEK_SET)
-    shard.call(face[1])
-    assert os.lseek(shard.fd, 0, os.SEEK_CUR) == 17
-
-
-def test_gather_from_threads_that_share_a_file(face, shard):
-    expected = shard.expected(shard.pad_row)
-    with ThreadPoolExecutor(4) as pool:
-        for out in pool.map(lambda _: shard.call(face[1]), range(40)):
-            np.testing.assert_array_equal(out, expected)
-
-
-def test_numpy_gather_carries_on_after_short_reads(shard, monkeypatch):
-    preadv = os.preadv
-    monkeypatch.setattr(os, "preadv", lambda fd, views, offset: preadv(fd, [views[0][:7]], offset))
-    np.testing.assert_array_equal(shard.call(native._gather), shard.expected(shard.pad_row))
-
-
-# gather: what it refuses
-
-
-def failures(shard):
-    """Return every kind of wrong call as (changed arguments, exception, part of the message)."""
-    rows, size = shard.rows, OFFSET + shard.data.nbytes
-    wide, out = 2**63 - 1, np.zeros((5, shard.frames, shard.row_bytes), dtype=np.uint8)
-    frozen = out.copy()
-    frozen.flags.writeable = False
-    outside = f"track 2: {{}} rows from row {{}} lie outside the file, which has {rows} rows"
-    track = int(np.flatnonzero(shard.lengths)[0])
-    starts, lengths = shard.starts, shard.lengths
-    return [
-        # integers
-        ({"fd": 2**31}, ValueError, "fd must be between"),
-        ({"data_offset": 2**63}, ValueError, "data_offset must be between"),
-        ({"data_offset": -1}, ValueError, "data_offset is -1: it must not be negative"),
-        ({"data_offset": size + 1}, ValueError, f"but the file has {size} bytes"),
-        ({"row_bytes": 0, "pad_row": None}, ValueError, "row_bytes is 0"),
-        ({"row_bytes": -(2**63), "pad_row": None}, ValueError, "row_bytes is -9223372036854775808"),
-        ({"row_bytes": 2.0}, TypeError, "'float' object cannot be interpreted as an integer"),
-        ({"frames": 0}, ValueError, "frames is 0"),
-        ({"frames": wide}, ValueError, "do not fit in 64 bits"),
-        ({"row_bytes": wide, "pad_row": None}, ValueError, "do not fit in 64 bits"),
-        ({"row_bytes": 2**40, "frames": 2**40, "pad_row": None}, ValueError, "do not fit in 64 bits"),
-        ({"row_bytes": 2**31, "frames": 2**31, "pad_row": None}, ValueError, "do not fit in 64 bits"),
-        # buffers
-        ({"out": frozen}, ValueError, "out is read-only"),
-        ({"out": bytes(out.nbytes)}, ValueError, "out is read-only"),
-        ({"out": out[:, ::2]}, ValueError, "out must be C-contiguous"),
-        ({"out": np.asfortranarray(out)}, ValueError, "out must be C-contiguous"),
-        ({"out": out[1:]}, ValueError, f"out has {out[1:].nbytes} bytes but 5 tracks x"),
-        ({"out": None}, TypeError, "out must be a buffer, not NoneType"),
-        ({"starts": [1, 2]}, TypeError, "starts must be a buffer, not list"),
-        ({"starts": starts.astype(np.int32)}, ValueError, "starts must be a one-dimensional buffer of int64"),
-        ({"starts": starts.astype(np.float64)}, ValueError, "buffer of int64"),
-        ({"starts": starts.astype(">i8")}, ValueError, "buffer of int64"),
-        ({"starts": starts[:, None]}, ValueError, "buffer of int64"),
-        ({"starts": starts.repeat(2)[::2]}, ValueError, "starts must be C-contiguous"),
-        ({"lengths": lengths[1:]}, ValueError, "lengths has 4 items but starts has 5"),
-        ({"checksums": shard.checksums[1:]}, ValueError, "checksums has 4 items but starts has 5"),
-        ({"checksums": shard.checksums.astype(np.int32)}, ValueError, "buffer of uint32"),
-        ({"pad_row": shard.pad_row[1:]}, ValueError, f"pad_row has {shard.row_bytes - 1} bytes"),
-        # tracks
-        ({"starts": changed(starts, 2, -1)}, ValueError, "track 2: its start is -1"),
-        ({"lengths": changed(lengths, 2, -1)}, ValueError, "track 2: its length is -1"),
-        (
-            {"lengths": changed(lengths, 2, 201)},
-            ValueError,
-            "track 2: it has 201 rows but the batch has room for 200",
-        ),
-        ({"starts": changed(starts, 2, rows)}, ValueError, outside.format(lengths[2], rows)),
-        ({"starts": changed(starts, 2, rows - lengths[2] + 1)}, ValueError, "track 2: "),
-        ({"starts": changed(starts, 2, wide)}, ValueError, outside.format(lengths[2], wide)),
-        ({"starts": changed(starts, 2, 2**62)}, ValueError, outside.format(lengths[2], 2**62)),
-        (
-            {"checksums": changed(shard.checksums, track, shard.checksums[track] ^ np.uint32(1))},
-            native.ChecksumError,
-            f"track {track}: ",
-        ),
-    ]
-
-
-def raised(shard, gather, changes):
-    with pytest.raises(Exception) as info:
-        shard.call(gather, **changes)
-    return info.value
-
-
-def test_gather_refuses_with_one_voice(shard):
-    for changes, kind, part in failures(shard):
-        error = raised(shard, native._gather, changes)
-        assert type(error) is kind, (changes, error)
-        assert part in str(error)
-        if native.available():
-            twin = raised(shard, native.gather, changes)
-            assert (type(twin), str(twin)) == (type(error), str(error)), changes
-
-
-def test_a_refused_call_leaves_the_batch_alone(face, shard):
-    out = np.full((5, shard.frames, shard.row_bytes), 0xEE, dtype=np.uint8)
-    with pytest.raises(ValueError, match="track 4: "):
-        shard.call(face[1], starts=changed(shard.starts, 4, shard.rows + 1), out=out)
-    assert (out == 0xEE).all()
-
-
-def test_truncated_file(face, shard):
-    last = int(np.argmax(np.where(shard.lengths > 0, shard.starts + shard.lengths, -1)))
-    end = OFFSET + int(shard.starts[last] + shard.lengths[last]) * shard.row_bytes
-    os.truncate(shard.path, end - 1)
-    with pytest.raises(ValueError, match=r"^track \d+: .* lie outside the file"):
-        shard.call(face[1])
-    os.truncate(shard.path, OFFSET - 1)
-    with pytest.raises(ValueError, match=f"data_offset is {OFFSET} but the file has {OFFSET - 1} bytes"):
-        shard.call(face[1])
-
-
-def test_numpy_gather_says_that_the_file_shrank(shard, monkeypatch):
-    # the C++ half of this, and EIO, EINTR and short reads, are in csrc/test/driver.cpp
-    monkeypatch.setattr(os, "preadv", lambda *_: 0)
-    with pytest.raises(OSError, match=r"^track \d: the file ends at byte \d+, .* became shorter"):
-        shard.call(native._gather)
-
-
-def test_every_flipped_byte_is_found_and_names_its_track(face, shard, rng):
-    content = bytearray(shard.path.read_bytes())
-    for track in np.flatnonzero(shard.lengths):
-        row = int(shard.starts[track]) + int(rng.integers(0, shard.lengths[track]))
-        place = OFFSET + row * shard.row_bytes + int(rng.integers(0, shard.row_bytes))
-        damaged = content.copy()
-        damaged[place] ^= 1 << int(rng.integers(0, 8))
-        shard.path.write_bytes(damaged)
-        changes = {
-            "starts": np.array([0, shard.starts[track]]),
-            "lengths": np.array([0, shard.lengths[track]]),
-            "checksums": np.array([0, shard.checksums[track]], dtype=np.uint32),
-            "out": np.zeros((2, shard.frames, shard.row_bytes), dtype=np.uint8),
-        }
-        with pytest.raises(native.ChecksumError, match="^track 1: .* the file is damaged"):
-            shard.call(face[1], **changes)
-        shard.call(face[1], **changes | {"checksums": None})  # unchecked, the damage goes through
-
-
-def test_unreadable_descriptors(face, shard, tmp_path):
-    closed = os.dup(shard.fd)
-    os.close(closed)
-    with pytest.raises(
-        OSError, match=f"^asking for the size of file descriptor {closed} failed: Bad file"
-    ) as info:
-        shard.call(face[1], fd=closed)
-    assert type(info.value) is OSError and info.value.errno == 9
-
-    write_only = os.open(shard.path, os.O_WRONLY)
-    with pytest.raises(OSError, match=r"^track \d: reading at byte \d+ failed: Bad file descriptor$") as info:
-        shard.call(face[1], fd=write_only)
-    assert type(info.value) is OSError and info.value.errno == 9
-    os.close(write_only)
-
-    for special in (os.open(tmp_path, os.O_RDONLY), os.open("/dev/null", os.O_RDONLY)):
-        with pytest.raises(ValueError, match=f"^file descriptor {special} is not a regular file$"):
-            shard.call(face[1], fd=special)
-        os.close(special)
+    expected = crc32c(values.tobytes())
+    assert crc32c(values) == crc32c(memoryview(values)) == crc32c(bytearray(values)) == expected
 
 
 def test_crc32c_refuses_with_one_voice():
@@ -332,7 +70,139 @@ def test_crc32c_refuses_with_one_voice():
         assert errors[0] == errors[1]
 
 
-def test_checksum_error_is_one_picklable_class():
-    assert issubclass(native.ChecksumError, ValueError)
-    error = pickle.loads(pickle.dumps(native.ChecksumError("track 1: damaged")))
-    assert type(error) is native.ChecksumError and str(error) == "track 1: damaged"
+# cast
+
+
+def every_value(name, rng):
+    """All values of the 16-bit types; random bits, modest numbers and the edges of all formats for the others."""
+    dtype = FLOATS[name]
+    if dtype.itemsize == 2:
+        return torch.from_numpy(np.arange(65536, dtype=np.uint16).view(np.int16)).view(dtype)
+    edges = [0.0, 5e-324, 2.0**-149, 2.0**-150, 2.0**-133, 2.0**-134, 2.0**-126, 2.0**-24, 2.0**-25, 2.0**-14, 1.0,
+             65504.0, 65519.996, 65520.0, 65535.0, 3.3895e38, 3.3961775e38, 3.4028235e38, 3.4028236e38, 1.7e308,
+             float("inf"), float("nan")]  # fmt: skip
+    halves = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.float16).to(torch.float64)
+    halves = halves[torch.isfinite(halves)]
+    parts = [
+        torch.tensor(edges, dtype=torch.float64),
+        -torch.tensor(edges, dtype=torch.float64),
+        (halves[1:] + halves[:-1]) / 2,  # where rounding to float16 is a tie
+        torch.from_numpy(rng.standard_normal(5000) * 2.0 ** rng.integers(-30, 17, 5000)),
+    ]
+    values = torch.cat(parts).to(dtype)
+    neighbours = [torch.nextafter(values, torch.full_like(values, to)) for to in (-torch.inf, torch.inf)]
+    random_bits = torch.from_numpy(np.frombuffer(rng.bytes(40_000), dtype=np.uint8).copy()).view(dtype)
+    return torch.cat([values, *neighbours, random_bits])
+
+
+def cast(values, source, target):
+    out = torch.empty(len(values), dtype=FLOATS[target])
+    extension.cast(octets(out), target, octets(values), source)
+    return out
+
+
+def same(a, b):
+    """Equal bit by bit, NaN as NaN."""
+    word = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.dtype.itemsize]
+    return bool(((a.view(word) == b.view(word)) | (a.isnan() & b.isnan())).all())
+
+
+@needs_native
+@pytest.mark.parametrize("target", FLOATS)
+@pytest.mark.parametrize("source", FLOATS)
+def test_casts_are_those_of_torch(source, target, rng):
+    values = every_value(source, rng)
+    assert same(cast(values, source, target), values.to(FLOATS[target]))
+
+
+@needs_native
+@pytest.mark.parametrize("target", FLOATS)
+@pytest.mark.parametrize("source", FLOATS)
+def test_casts_of_any_length_and_alignment(source, target, rng):
+    values = torch.from_numpy(rng.standard_normal(300)).to(FLOATS[source])
+    expected = values.to(FLOATS[target])
+    into, data = FLOATS[target].itemsize, octets(values)
+    memory = np.zeros(300 * into + 100, dtype=np.uint8)
+    shifted = np.zeros(len(data) + 8, dtype=np.uint8)
+    for _ in range(150):
+        n, skip, shift = (int(x) for x in rng.integers((0, 0, 0), (301, 40, 8)))
+        source_bytes = shifted[shift : shift + n * FLOATS[source].itemsize]
+        source_bytes[:] = data[: source_bytes.size]
+        memory[:] = 0xEE
+        extension.cast(memory[skip : skip + n * into], target, source_bytes, source)
+        assert memory[skip : skip + n * into].tobytes() == octets(expected)[: n * into].tobytes()
+        assert (memory[:skip] == 0xEE).all() and (memory[skip + n * into :] == 0xEE).all()
+
+
+@needs_native
+def test_cast_refuses_what_does_not_fit():
+    out, frozen = bytearray(8), bytes(8)
+    for arguments, kind in [
+        ((out, "F32", bytes(3), "F16"), ValueError),
+        ((out, "F32", bytes(6), "F16"), ValueError),
+        ((out, "F33", bytes(4), "F16"), ValueError),
+        ((out, "F32", bytes(4), "I16"), ValueError),
+        ((out, "F32", bytes(4), ""), ValueError),
+        ((frozen, "F32", bytes(4), "F16"), ValueError),
+        ((None, "F32", bytes(4), "F16"), TypeError),
+        ((out, None, bytes(4), "F16"), TypeError),
+        ((out, "F32", None, "F16"), TypeError),
+        ((np.zeros(8, dtype=np.uint8)[::2], "F16", bytes(4), "F16"), ValueError),
+    ]:
+        with pytest.raises(kind):
+            extension.cast(*arguments)
+
+
+# first_nonfinite and copy_nontemporal
+
+
+@needs_native
+@pytest.mark.parametrize("name", FLOATS)
+def test_first_nonfinite_at_every_place(name, rng):
+    count = 200
+    values = torch.from_numpy(rng.uniform(-1, 1, count)).to(FLOATS[name])
+    values[::3] = torch.finfo(FLOATS[name]).max
+    size = FLOATS[name].itemsize
+    memory = np.zeros(count * size + 8, dtype=np.uint8)
+    for place in range(count):
+        for bad in (float("inf"), -float("inf"), float("nan")):
+            skip = int(rng.integers(8))
+            spoiled = values.clone()
+            spoiled[place] = bad
+            spoiled[int(rng.integers(place, count))] = bad  # a later one changes nothing
+            spoiled[place] = bad
+            data = memory[skip : skip + count * size]
+            data[:] = octets(spoiled)
+            assert extension.first_nonfinite(data, name) == place
+            assert extension.first_nonfinite(data[: place * size], name) == place  # there is none: the length
+
+
+@needs_native
+def test_first_nonfinite_takes_every_16_bit_value():
+    for name in ("F16", "BF16"):
+        values = every_value(name, None)
+        for value in values[torch.randperm(65536)[:3000]]:
+            assert extension.first_nonfinite(octets(value.reshape(1)), name) == int(torch.isfinite(value))
+        bad = (~torch.isfinite(values)).nonzero()
+        assert extension.first_nonfinite(octets(values), name) == int(bad[0])
+    with pytest.raises(ValueError):
+        extension.first_nonfinite(bytes(8), "U8")
+    with pytest.raises(TypeError):
+        extension.first_nonfinite(None, "F16")
+
+
+@needs_native
+def test_copy_nontemporal_copies(rng):
+    data = np.frombuffer(rng.bytes(1100), dtype=np.uint8)
+    out = np.zeros(1200, dtype=np.uint8)
+    for _ in range(300):
+        n, skip, shift = (int(x) for x in rng.integers((0, 0, 0), (1001, 70, 70)))
+        out[:] = 0xEE
+        extension.copy_nontemporal(out[skip : skip + n], data[shift : shift + n])
+        assert (out[skip : skip + n] == data[shift : shift + n]).all()
+        assert (out[:skip] == 0xEE).all() and (out[skip + n :] == 0xEE).all()
+    for arguments in [(bytes(4), bytes(4)), (bytearray(4), bytes(5)), (out[::2], bytes(600))]:
+        with pytest.raises(ValueError):
+            extension.copy_nontemporal(*arguments)
+    with pytest.raises(TypeError):
+        extension.copy_nontemporal(None, b"")

@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from attr_engine.latents import LatentWriter
-from attr_engine.latents.store import write_manifest
+from attr_engine.errors import UserError
+from attr_engine.latents import LatentDataset, LatentWriter, native
+from attr_engine.latents import manifest as manifests
+from attr_engine.latents.build import seal
+from attr_engine.latents.errors import DatasetError
 
 torch.set_num_threads(1)
 
@@ -55,17 +59,41 @@ def shard(folder: Path) -> Path:
 
 @pytest.fixture
 def rewrite_header(shard: Path) -> Callable[[Any], None]:
-    """Put another header (an object, or bytes) before the shard's payload."""
+    """Put another header (an object, bytes, or a change of the old one) before the shard's payload.
+
+    It is padded with spaces, so that the file keeps its size unless the header is longer than the old one.
+    """
     data = shard.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
 
     def rewrite(header: Any) -> None:
         if callable(header):
             header = header(json.loads(data[8 : 8 + length]))
-        text = header if isinstance(header, bytes) else json.dumps(header).encode()
+        text = (header if isinstance(header, bytes) else json.dumps(header).encode()).ljust(length)
         shard.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
 
     return rewrite
+
+
+def write_manifest(path: Path, columns: dict[str, list[Any]], meta: dict[str, Any]) -> None:
+    """Write a manifest with checksums that are right, whatever it says."""
+    known = {
+        **manifests.NUMBERS,
+        **{key: kind for name in meta.get("fields", ()) for key, kind in manifests.columns_of(name).items()},
+    }
+    arrays = {name: pa.array(values) for name, values in columns.items()}
+    for name in known.keys() & arrays.keys():
+        try:
+            arrays[name] = arrays[name].cast(pa.from_numpy_dtype(known[name]))
+        except pa.ArrowException:
+            pass  # a lie about the type
+    covered = {name: meta[name] for name in manifests._META if name in meta}
+    checksum = native.crc32c(json.dumps(covered, sort_keys=True).encode())
+    table = pa.table(arrays).replace_schema_metadata(
+        {"attr_engine": json.dumps({**meta, "crc32c": checksum})}
+    )
+    pq.write_table(table, path, write_page_checksum=True)
+    seal(path)
 
 
 @pytest.fixture
@@ -82,6 +110,53 @@ def lie(folder: Path) -> Callable[[Callable[[dict[str, list[Any]], dict[str, Any
         write_manifest(path, columns, meta)
 
     return rewrite
+
+
+READERS = [("python", "pread"), ("native", "pread"), ("native", "map")]
+
+
+def _read(folder: Path, reader: str = "auto", **options: Any) -> tuple[Any, ...]:
+    data = LatentDataset(folder)
+    latents, conditioning = [], []
+    with data.stream(2, 10, reader=reader, **options) as stream:
+        for batch in stream:
+            latents += [(x.dtype, x.contiguous().view(torch.uint8).numpy().tobytes()) for x in batch.latents]
+            for row in batch.conditioning:
+                tensors = {
+                    key: (x.dtype, x.tolist()) if isinstance(x, torch.Tensor) else x for key, x in row.items()
+                }
+                conditioning.append(tensors)
+    padding = None if data.padding is None else data.padding.tolist()
+    texts = (data.ids, list(data.info), list(data.conditioning), data.extra)
+    return (*texts, data.channels, data.lengths.tolist(), padding, latents, conditioning)
+
+
+@pytest.fixture
+def everything() -> Callable[..., tuple[Any, ...]]:
+    """All that a reader can learn from a data set, as something that compares exactly."""
+    return _read
+
+
+@pytest.fixture
+def refused() -> Callable[..., str]:
+    """Read a data set in every way: each has to refuse it with the same type and words, which are returned."""
+
+    def read_in_every_way(folder: Path, kind: type[UserError], *says: str, **options: Any) -> str:
+        messages = set()
+        for reader, source in READERS if native.available() else READERS[:1]:
+            with pytest.raises(UserError) as caught:
+                _read(folder, reader, source=source, **options)
+            assert type(caught.value) is kind, (reader, source, caught.value)
+            message = str(caught.value)
+            assert "\n" not in message and ":" in message
+            for text in says:
+                assert text in message, (reader, source, message)
+            if isinstance(caught.value, DatasetError) and caught.value.track is not None:
+                assert repr(caught.value.track) in message
+            messages.add(message)
+        return messages.pop()
+
+    return read_in_every_way
 
 
 @pytest.fixture(scope="session")

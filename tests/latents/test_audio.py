@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from attr_engine.errors import UserError
-from attr_engine.latents.audio import find_audio, read_audio
+from attr_engine.latents.audio import decoded_bytes, find_audio, read_audio
 
 soundfile = pytest.importorskip("soundfile")
 
@@ -217,3 +217,12 @@ def test_a_missing_or_silent_folder_is_refused_by_name(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty holds no audio"):
         find_audio(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("kind", ["wav", "flac", "ogg"])
+def test_the_bytes_that_decoding_takes_are_known_beforehand(save, tmp_path, kind):
+    path = save(f"a.{kind}", sine(48000, 2), 48000)
+    before, after = 4 * 2 * 48000 * SECONDS, 4 * RATE * SECONDS
+    assert decoded_bytes(path, RATE, 1) == pytest.approx(before + after, rel=0.01)
+    path.write_bytes(b"no audio")
+    assert decoded_bytes(path, RATE, 1) == decoded_bytes(tmp_path / "nowhere.wav", RATE, 1) == 0

@@ -41,10 +41,23 @@ def test_float64_stays_and_float16_becomes_float32(dtype, as_tensor):
     assert not batch.latents[0, :, 2:].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_tensors_are_taken_as_arrays_are(dtype):
+    latent = torch.arange(6.0).reshape(3, 2).to(dtype).requires_grad_()
+    batch = MemoryTracks(["a"], [latent]).batch([0], 3)
+    assert batch.latents.dtype == torch.float32
+    assert batch.latents[0].tolist() == [[0, 1, 0], [2, 3, 0], [4, 5, 0]]
+
+
 def test_a_batch_shares_no_memory_with_the_tracks():
     tracks = MemoryTracks(["a", "b", "c"], arrays())
     tracks.batch([0], 6).latents.zero_()
     assert tracks.batch([0], 6).latents.any()
+
+
+def test_a_track_longer_than_the_batch_is_refused_by_name_as_on_disk():
+    with pytest.raises(UserError, match="track 'c' has 6 frames, more than the 5 asked for"):
+        MemoryTracks(["a", "b", "c"], arrays()).batch([0, 2], 5)
 
 
 @pytest.mark.parametrize(
