@@ -8,16 +8,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from attr_engine.diffusion import DrawPlan, work_dtype
+from attr_engine.diffusion import DrawPlan, Noised, noised_rows, work_dtype
 from attr_engine.errors import UserError
-from attr_engine.latents.batch import Tracks, check_tracks
+from attr_engine.latents.batch import Batch, Tracks, check_tracks
 from attr_engine.models.protocol import Denoiser, select_parameters
-from attr_engine.persample import per_sample_gradients
+from attr_engine.persample import add_squares, check_against_loop, per_sample_backward, summed_gradient
 from attr_engine.tensorfile import load_tensors, save_tensors
 
 _SECONDS_BETWEEN_CHECKPOINTS = 20.0
@@ -68,6 +69,8 @@ def fit_fisher(
     checkpoint: Path | None = None,
     key: str = "",
     progress: Callable[[int, int], None] | None = None,
+    rows: int = 16,
+    gradients: str = "batch",
 ) -> Fisher:
     """Fit the diagonal Fisher of a layer group.
 
@@ -81,14 +84,20 @@ def fit_fisher(
         checkpoint: where to keep the running sum, so that a killed run goes on bit for bit.
         key: names model, data and settings; a checkpoint under another key is refused.
         progress: called with (tracks done, tracks).
+        rows: (track, draw) pairs a backward pass.
+        gradients: ``"batch"``: all rows of a pass at once, after a comparison of the first with the loop;
+            ``"loop"``: one row at a time, by autograd alone.
 
     Returns:
         The Fisher, accumulated in float32 (float64 for a float64 model), in track order.
 
     Raises:
-        UserError: unusable tracks, layers or number of draws.
+        UserError: unusable tracks, layers or number of draws, or a model whose per-sample gradients in a batch
+            are not those of single rows.
     """
     check_tracks(tracks, model.channels, model.frames, "training")
+    if gradients not in _SQUARES or rows < 1:
+        raise UserError(f"gradients={gradients!r}, rows={rows}: use 'batch' or 'loop', and at least one row")
     plan.check(draws, "the number of Fisher draws")
     parameters = select_parameters(model, layers)
     total = {name: torch.zeros_like(p, dtype=work_dtype(model)) for name, p in parameters.items()}
@@ -100,17 +109,20 @@ def fit_fisher(
     saved = time.monotonic()
     if progress is not None:
         progress(done, len(tracks))
-    for i in range(done, len(tracks)):
-        batch = tracks.batch([i], model.frames)
-        for _, _, gradient in per_sample_gradients(model, parameters, batch, draws, plan, "fisher", masked):
-            for name, g in gradient.items():
-                if g is not None:
-                    total[name] += g.to(total[name].dtype).square()
-                    used.add(name)
+
+    step = max(1, rows // draws)  # tracks a pass
+    for first in range(done, len(tracks), step):
+        here = range(first, min(first + step, len(tracks)))
+        make = partial(_rows_of, model, tracks.batch(here, model.frames), plan, masked)
+        every = [(i, d) for i in range(len(here)) for d in range(draws)]
+        if gradients == "batch" and first == done:
+            check_against_loop(model, parameters, make, every[: max(2, min(4, rows))])
+        for k in range(0, len(every), rows):
+            used |= _SQUARES[gradients](model, parameters, make, every[k : k + rows], total)
         if progress is not None:
-            progress(i + 1, len(tracks))
+            progress(here.stop, len(tracks))
         if checkpoint is not None and time.monotonic() - saved > _SECONDS_BETWEEN_CHECKPOINTS:
-            save_tensors(checkpoint, total, {"key": key, "done": i + 1, "used": sorted(used)})
+            save_tensors(checkpoint, total, {"key": key, "done": here.stop, "used": sorted(used)})
             saved = time.monotonic()
     pairs = len(tracks) * draws
     values = {name: (value / pairs).cpu() for name, value in total.items()}
@@ -120,3 +132,39 @@ def fit_fisher(
                 f"the Fisher of {name} is not finite: the model or a latent holds NaN, or use --dtype float32"
             )
     return Fisher(values, pairs, tuple(name for name in parameters if name not in used))
+
+
+def _rows_of(
+    model: Denoiser, batch: Batch, plan: DrawPlan, masked: bool, pairs: Sequence[tuple[int, int]]
+) -> Noised:
+    return noised_rows(model, batch, pairs, plan, "fisher", masked)
+
+
+_Make = Callable[[Sequence[tuple[int, int]]], Noised]
+
+
+def _batch_squares(
+    model: Denoiser, parameters: Mapping[str, nn.Parameter], make: _Make, pairs: Sequence[tuple[int, int]],
+    total: Mapping[str, Tensor],
+) -> set[str]:  # fmt: skip
+    """Add ``sum_b g_b^2`` of some (track, draw) pairs in one backward pass; returns the parameters used."""
+    return per_sample_backward(
+        model, parameters, make(pairs), lambda name, gradient: add_squares(total[name], gradient)
+    )
+
+
+def _loop_squares(
+    model: Denoiser, parameters: Mapping[str, nn.Parameter], make: _Make, pairs: Sequence[tuple[int, int]],
+    total: Mapping[str, Tensor],
+) -> set[str]:  # fmt: skip
+    """The same, one pair at a time."""
+    used = set()
+    for pair in pairs:
+        for name, g in summed_gradient(model, parameters, make([pair])).items():
+            if g is not None:
+                add_squares(total[name], g[None])
+                used.add(name)
+    return used
+
+
+_SQUARES = {"batch": _batch_squares, "loop": _loop_squares}

@@ -84,8 +84,8 @@ class Job:
         return self.run.path / "updates" / f"{key_of(query.id)}@{strength!r}.safetensors"
 
 
-_FISHER_SETTINGS = ("fisher_draws", "mask_fisher")
-UPDATE_SETTINGS = (*_FISHER_SETTINGS, "unit", "steps", "damping", "mask_update", "update_draws", "rows")
+_FISHER_SETTINGS = ("fisher_draws", "mask_fisher", "rows", "gradients")
+UPDATE_SETTINGS = (*_FISHER_SETTINGS, "unit", "steps", "damping", "mask_update", "update_draws")
 
 
 def _kind_of(info: Mapping[str, Any]) -> str:
@@ -166,7 +166,7 @@ def fisher_stage(job: Job) -> Fisher:
     with job.run.stage("fisher"):
         fisher = fit_fisher(
             job.model, job.tracks, s.layers, job.plan, s.fisher_draws, s.mask_fisher, checkpoint, key,
-            progress.bar("Fisher", "track"),
+            progress.bar("Fisher", "track"), s.rows, s.gradients,
         )  # fmt: skip
     fisher.save(path, key)
     checkpoint.unlink(missing_ok=True)

@@ -63,6 +63,11 @@ class Settings:
     dtype: str = _option("float32", "dtype of the denoiser", ("float32", "bfloat16", "float64"))
     device: str = _option("cpu", "torch device, e.g. cpu or cuda")
     rows: int = _option(16, "(track, draw) pairs a pass through the model")
+    gradients: str = _option(
+        "batch",
+        "per-sample gradients of the Fisher: a batch of rows in one backward pass, or one row after the other",
+        ("batch", "loop"),
+    )
     unit_tracks: int = _option(16, "tracks in one durable unit of scoring")
     threads: int = _option(
         0, "CPU threads (0: torch's default); results are repeatable for one number of threads"

@@ -24,19 +24,16 @@ constexpr int64_t kNone = ReadError::kNone;
 
 std::string Text(int64_t number) { return std::to_string(number); }
 
-// Fills `size` bytes, a whole number of rows, with copies of `pad_row` or with zeros.
-void Pad(uint8_t* out, size_t size, const std::vector<uint8_t>& pad_row) {
-  if (size == 0) return;
-  if (pad_row.empty()) {
-    std::memset(out, 0, size);
-    return;
+// A whole number of rows of padding, and about so many bytes, to copy from.
+constexpr size_t kPadBlock = 8192;
+
+std::vector<uint8_t> PadBlock(const std::vector<uint8_t>& pad_row, int64_t row) {
+  const auto size = static_cast<size_t>(row);
+  std::vector<uint8_t> block(std::max<size_t>(1, kPadBlock / size) * size, 0);
+  for (size_t at = 0; !pad_row.empty() && at < block.size(); at += size) {
+    std::memcpy(block.data() + at, pad_row.data(), size);
   }
-  std::memcpy(out, pad_row.data(), pad_row.size());
-  for (size_t filled = pad_row.size(); filled < size;) {  // each copy doubles what is filled
-    const size_t step = std::min(filled, size - filled);
-    std::memcpy(out + filled, out, step);
-    filled += step;
-  }
+  return block;
 }
 
 }  // namespace
@@ -70,6 +67,7 @@ Stream::Stream(std::shared_ptr<ShardSet> shards, Plan plan, std::shared_ptr<Ring
   if (first < 0 || first > limit_) Refuse("the first batch is " + Text(first) + " of " + Text(limit_));
   int64_t payload = 0;
   for (const Field& field : plan_.fields) {
+    pad_blocks_.push_back(PadBlock(field.pad_row, RowOut(shards_->tensors()[field.tensor], field)));
     const int64_t row = RowIn(shards_->tensors()[field.tensor]);
     for (const int64_t rows : field.rows) {
       payload += std::min(rows * row, kUnit);  // no sum of 2^40 of these overflows
@@ -266,7 +264,12 @@ void Stream::PadTrack(const Unit& unit, size_t number, int64_t track, uint8_t* o
   const int64_t row = RowOut(shards_->tensors()[field.tensor], field);
   int64_t& filled = ring_->slots_[unit.slot].filled[number][static_cast<size_t>(track - First(unit.batch))];
   const int64_t valid = field.rows[static_cast<size_t>(track)];
-  if (filled > valid) Pad(out + valid * row, static_cast<size_t>((filled - valid) * row), field.pad_row);
+  // Past the caches: nobody reads padding before the batch is delivered.
+  const std::vector<uint8_t>& block = pad_blocks_[number];
+  const auto end = static_cast<size_t>(filled * row);
+  for (auto at = static_cast<size_t>(valid * row); at < end; at += block.size()) {
+    CopyNonTemporal(out + at, block.data(), std::min(block.size(), end - at));
+  }
   filled = valid;
 }
 

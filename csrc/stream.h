@@ -106,6 +106,7 @@ class Stream {
   const Plan plan_;
   std::shared_ptr<Ring> ring_;
   int64_t unit_tracks_ = 1;
+  std::vector<std::vector<uint8_t>> pad_blocks_;  // [fields]
   std::vector<std::thread> threads_;
   std::mutex close_;
 

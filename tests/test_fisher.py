@@ -107,12 +107,13 @@ def test_the_model_is_as_it_was(seed, rng):
     assert all(p.grad is None for p in model.module.parameters())
 
 
-def test_fisher_continues_from_its_checkpoint_to_the_same_bits(seed, rng, tmp_path, monkeypatch):
+@pytest.mark.parametrize("gradients", ["batch", "loop"])
+def test_fisher_continues_from_its_checkpoint_to_the_same_bits(seed, rng, tmp_path, monkeypatch, gradients):
     monkeypatch.setattr("attr_engine.fisher._SECONDS_BETWEEN_CHECKPOINTS", -1.0)
     model = helpers.ToyDenoiser(seed, dtype=torch.float32)
     model.module.register_parameter("idle", torch.nn.Parameter(torch.ones(2)))
     tracks, plan = helpers.make_tracks(rng, 4, 3, 10), DrawPlan(seed, replicates=2)
-    whole = fit_fisher(model, tracks, ("all",), plan, 2)
+    whole = fit_fisher(model, tracks, ("all",), plan, 2, rows=2, gradients=gradients)
 
     class Stopped(Exception):
         pass
@@ -123,11 +124,13 @@ def test_fisher_continues_from_its_checkpoint_to_the_same_bits(seed, rng, tmp_pa
 
     path = tmp_path / "so-far.safetensors"
     with pytest.raises(Stopped):
-        fit_fisher(model, tracks, ("all",), plan, 2, checkpoint=path, key="k", progress=stop)
+        fit_fisher(model, tracks, ("all",), plan, 2, checkpoint=path, key="k", progress=stop, rows=2,
+                   gradients=gradients)  # fmt: skip
     seen: list[int] = []
     again = fit_fisher(
-        model, tracks, ("all",), plan, 2, checkpoint=path, key="k", progress=lambda d, _: seen.append(d)
-    )
+        model, tracks, ("all",), plan, 2, checkpoint=path, key="k", progress=lambda d, _: seen.append(d), rows=2,
+        gradients=gradients,
+    )  # fmt: skip
     assert seen == [2, 3, 4], "two tracks were in the checkpoint"
     assert (again.unused, again.pairs, again.mean()) == (whole.unused, whole.pairs, whole.mean())
     assert list(again.values) == list(whole.values)

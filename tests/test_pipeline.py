@@ -117,9 +117,9 @@ def whole(process, seed, tmp_path) -> tuple[Path, dict[str, Any]]:
     return out, counts
 
 
-# Forward passes of forks.small: 6 tracks x 2 draws; then 2 chunks a gradient, one gradient a query and one a step after
-# the first; then 2 chunks a unit, 1 + 6 times.
-FISHER_PASSES, UPDATE_PASSES, SCORE_PASSES = 12, 3 * 2 + 6 * 2, 3 * 2 * 7
+# Forward passes of forks.small: a pass for each of 6 tracks, and 3 that compare the first with single rows; then 2 chunks a
+# gradient, one gradient a query and one a step after the first; then 2 chunks a unit, 1 + 6 times.
+FISHER_PASSES, UPDATE_PASSES, SCORE_PASSES = 9, 3 * 2 + 6 * 2, 3 * 2 * 7
 
 
 def test_the_stages_cost_what_they_should(whole):
@@ -238,7 +238,7 @@ OTHER = {
     "self_influence": ("t1",), "layers": ("self_attn",), "functions": ("skew",), "strengths": (1e-2,), "unit": "lr",
     "steps": 1, "damping": 0.2, "mask_update": False, "mask_score": True, "mask_fisher": True, "fisher_draws": 4,
     "update_draws": 2, "score_draws": 4, "replicates": 1, "plan": "shared", "seed": 1, "dtype": "float64",
-    "device": "cuda", "rows": 4, "unit_tracks": 3, "threads": 1, "ema": False, "model": "m", "weights": "w",
+    "device": "cuda", "rows": 4, "unit_tracks": 3, "threads": 1, "ema": False, "gradients": "loop", "model": "m", "weights": "w",
     "data": "d", "queries": "q",
 }  # fmt: skip
 PRESENTATION = {"keep_updates": True, "top": 3, "shares": "softmax", "title": "x"}

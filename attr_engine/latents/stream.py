@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import mmap
 import os
+import sys
 import threading
 import warnings
 import weakref
@@ -64,6 +67,19 @@ class Reading:
             self.tensors.append((CONDITIONING + name, dtype, tuple(row), start, rows, crc))
         self.padding = meta["padding"]
         self._shards: dict[tuple[str, bool, int], Any] = {}
+        self._ring: Any = None
+
+    def ring(self, slots: int, slot_bytes: int) -> Any:
+        """Memory for a ring; that of the last stream again where it is gone and had the same size.
+
+        Giving memory back and having the system clear it anew costs as much as reading a third of it.
+        """
+        size = slots * slot_bytes
+        # One reference is this object's and one the call's: nobody else has a batch, or a stream, in it.
+        if self._ring is None or len(self._ring) != size or sys.getrefcount(self._ring) > 2:
+            self._ring = None
+            self._ring = _memory(slots, slot_bytes)
+        return self._ring
 
     def shards(self, reader: str, mapped: bool) -> Any:
         """The files, for one reader; they stay open as long as the data set."""
@@ -126,31 +142,53 @@ class _Layout:
         for field in self.fields:
             shape = (count, int(field["frames"][batch]), *field["row"])
             begin = field["slot_offset"]
-            end = begin + int(np.prod(shape)) * field["dtype"].itemsize
+            end = begin + math.prod(shape) * field["dtype"].itemsize
             out.append(memory[begin:end].view(field["dtype"]).view(shape))
         return out
 
     def batch(self, data: LatentDataset, tracks: np.ndarray, tensors: Sequence[Tensor], batch: int) -> Batch:
         """A batch of the tracks ``tracks`` from its padded tensors."""
         here = slice(int(self.begins[batch]), int(self.ends[batch]))
-        rows = [field["rows"][here].tolist() for field in self.fields]
         return Batch(
-            ids=data.names(tracks[here]),
+            ids=_Names(data, tracks[here]),
             latents=tensors[0].transpose(1, 2),
             valid=torch.from_numpy(self.fields[0]["rows"][here].copy()),
-            conditioning=_Conditioning(data, tracks[here], self.fields, rows, tensors),
+            conditioning=_Conditioning(data, tracks[here], self.fields[1:], here, tensors[1:]),
         )
+
+
+class _Names(Sequence[str]):
+    """Ids of a batch, looked up when they are asked for: the threads that read need the time."""
+
+    def __init__(self, data: LatentDataset, tracks: np.ndarray) -> None:
+        self._data, self._tracks = data, tracks
+
+    @functools.cached_property
+    def _names(self) -> list[str]:
+        return self._data.names(self._tracks)
+
+    def __len__(self) -> int:
+        return len(self._tracks)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._names[index]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and self._names == list(other)
+
+    def __repr__(self) -> str:
+        return repr(self._names)
 
 
 class _Conditioning(Sequence[dict[str, Any]]):
     """Conditioning of a batch: JSON values and views of its padded tensors, put together when asked for."""
 
     def __init__(
-        self, data: LatentDataset, tracks: np.ndarray, fields: Sequence[Mapping[str, Any]],
-        rows: Sequence[Sequence[int]], tensors: Sequence[Tensor],
+        self, data: LatentDataset, tracks: np.ndarray, fields: Sequence[Mapping[str, Any]], here: slice,
+        tensors: Sequence[Tensor],
     ) -> None:  # fmt: skip
         self._data, self._tracks = data, tracks
-        self._fields = [(f["name"], r, x) for f, r, x in zip(fields, rows, tensors, strict=True)][1:]
+        self._fields = [(f["name"], f["rows"][here], x) for f, x in zip(fields, tensors, strict=True)]
 
     def __len__(self) -> int:
         return len(self._tracks)
@@ -274,9 +312,10 @@ class LatentStream(Iterator[Batch]):
         self._stream: Any = None
         shard_of = np.ascontiguousarray(data.reading.shard[self._tracks])
         slots = min(buffers, max(1, len(ends)))
-        ring = (
-            _ring(slots, self._layout.slot_bytes, gpu) if module.__name__ == "attr_engine._native" else None
-        )
+        ring = None
+        if module.__name__ == "attr_engine._native":
+            size = (slots, self._layout.slot_bytes)
+            ring = _memory(*size, pinned=True) if gpu else data.reading.ring(*size)
         try:
             self._stream = module.Stream(
                 data.reading.shards(reader, source == "map"), shard_of, ends, self._layout.fields, ring,
@@ -379,7 +418,7 @@ def _device(device: str | torch.device) -> torch.device:
         raise UserError(f"there is no device {device!r}: use 'cpu' or 'cuda'") from error
 
 
-def _ring(slots: int, slot_bytes: int, pinned: bool) -> Any:
+def _memory(slots: int, slot_bytes: int, pinned: bool = False) -> Any:
     """Memory for a ring: page-aligned, in huge pages where the system has them; pinned for copies to a GPU."""
     try:
         if pinned:
