@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-BATCH, FRAMES, CHANNELS, BUFFERS = 32, 2584, 64, 4
+BATCH, FRAMES, CHANNELS, BUFFERS = 32, 2584, 64, 8
 SHORTEST = 258
 DTYPE = np.dtype(np.float16)
 ROW_BYTES = CHANNELS * DTYPE.itemsize

