@@ -193,8 +193,9 @@ def main() -> None:
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT
     ).stdout.strip()
-    environment = {"commit": commit, "torch": torch.__version__, "python": platform.python_version(),
-                   "host": platform.platform(), "cpus": os.cpu_count(), "settings": vars(args)}  # fmt: skip
+    system = f"{platform.system()} {platform.release().split('-')[0]} {platform.machine()}"
+    environment = {"commit": commit, "torch": torch.__version__, "python": platform.python_version(), "system": system,
+                   "cpus": os.cpu_count(), "settings": vars(args)}  # fmt: skip
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     Path(args.out).write_text(json.dumps({"environment": environment, "results": results}, indent=2) + "\n")
 

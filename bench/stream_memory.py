@@ -126,8 +126,9 @@ def main() -> None:
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT
     ).stdout.strip()
-    environment = {"commit": commit, "python": platform.python_version(), "host": platform.platform(),
-                   "cpus": os.cpu_count(), "command": " ".join(sys.argv)}  # fmt: skip
+    system = f"{platform.system()} {platform.release().split('-')[0]} {platform.machine()}"
+    environment = {"commit": commit, "python": platform.python_version(), "system": system, "cpus": os.cpu_count(),
+                   "command": "python bench/stream_memory.py " + " ".join(sys.argv[1:])}  # fmt: skip
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     Path(args.out).write_text(json.dumps({"environment": environment, "results": results}, indent=2) + "\n")
 

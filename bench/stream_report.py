@@ -150,7 +150,7 @@ def environment() -> dict[str, Any]:
         "versions": versions,
         "cpu": names[0] if names else platform.machine(),
         "cores": os.cpu_count(),
-        "kernel": platform.release(),
+        "kernel": platform.release().split("-")[0],
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "huge_pages": huge.read_text().strip() if huge.exists() else "",
         "load_average": [round(x, 2) for x in os.getloadavg()],
