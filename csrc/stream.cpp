@@ -24,16 +24,16 @@ constexpr int64_t kNone = ReadError::kNone;
 
 std::string Text(int64_t number) { return std::to_string(number); }
 
-// A whole number of rows of padding, and about so many bytes, to copy from.
+// About so many bytes of padding to copy from, in whole rows: the pattern starts anew with each copy.
 constexpr size_t kPadBlock = 8192;
 
-std::vector<uint8_t> PadBlock(const std::vector<uint8_t>& pad_row, int64_t row) {
-  const auto size = static_cast<size_t>(row);
-  std::vector<uint8_t> block(std::max<size_t>(1, kPadBlock / size) * size, 0);
-  for (size_t at = 0; !pad_row.empty() && at < block.size(); at += size) {
-    std::memcpy(block.data() + at, pad_row.data(), size);
+std::vector<uint8_t> PadBlock(const std::vector<uint8_t>& pad_row) {
+  std::vector<uint8_t> block;
+  if (pad_row.empty()) block.resize(kPadBlock, 0);  // zeros have no rows
+  while (block.size() + pad_row.size() <= kPadBlock && !pad_row.empty()) {
+    block.insert(block.end(), pad_row.begin(), pad_row.end());
   }
-  return block;
+  return block.empty() ? pad_row : block;
 }
 
 }  // namespace
@@ -67,7 +67,7 @@ Stream::Stream(std::shared_ptr<ShardSet> shards, Plan plan, std::shared_ptr<Ring
   if (first < 0 || first > limit_) Refuse("the first batch is " + Text(first) + " of " + Text(limit_));
   int64_t payload = 0;
   for (const Field& field : plan_.fields) {
-    pad_blocks_.push_back(PadBlock(field.pad_row, RowOut(shards_->tensors()[field.tensor], field)));
+    pad_blocks_.push_back(PadBlock(field.pad_row));
     const int64_t row = RowIn(shards_->tensors()[field.tensor]);
     for (const int64_t rows : field.rows) {
       payload += std::min(rows * row, kUnit);  // no sum of 2^40 of these overflows

@@ -100,3 +100,16 @@ def test_objects_are_made_in_one_way(call):
     ):
         with pytest.raises(TypeError):
             attempt()
+
+
+def test_a_row_of_any_size_costs_nothing_where_no_track_has_rows(tmp_path):
+    from attr_engine import _native
+
+    (tmp_path / "shard").write_bytes(b"")
+    shards = _native.Shards([(str(tmp_path / "shard"), 0)], [("latents", "F16", 2**38)], False)
+    nothing = np.zeros(1, dtype=np.int64)
+    field = {"tensor": 0, "to": None, "starts": nothing, "rows": nothing, "checksums": None, "frames": nothing,
+             "pad_row": None, "refuse_nonfinite": False, "slot_offset": 0}  # fmt: skip
+    arguments = (np.zeros(1, dtype=np.int32), np.ones(1, dtype=np.int64), [field], bytearray(64), 64, 0, 0)
+    with pytest.raises(Exception, match="its header|ends in"):
+        _native.Stream(shards, *arguments).next(0.0)
