@@ -12,13 +12,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from attr_engine.diffusion import DrawPlan, Noised, noised_rows, work_dtype
 from attr_engine.errors import UserError
 from attr_engine.latents.batch import Batch, Tracks, check_tracks
 from attr_engine.models.protocol import Denoiser, select_parameters
-from attr_engine.persample import add_squares, check_against_loop, per_sample_backward, summed_gradient
+from attr_engine.persample import SQUARES, check_against_loop
 from attr_engine.tensorfile import load_tensors, save_tensors
 
 _SECONDS_BETWEEN_CHECKPOINTS = 20.0
@@ -96,7 +96,7 @@ def fit_fisher(
             are not those of single rows.
     """
     check_tracks(tracks, model.channels, model.frames, "training")
-    if gradients not in _SQUARES or rows < 1:
+    if gradients not in SQUARES or rows < 1:
         raise UserError(f"gradients={gradients!r}, rows={rows}: use 'batch' or 'loop', and at least one row")
     plan.check(draws, "the number of Fisher draws")
     parameters = select_parameters(model, layers)
@@ -118,7 +118,7 @@ def fit_fisher(
         if gradients == "batch" and first == done:
             check_against_loop(model, parameters, make, every[: max(2, min(4, rows))])
         for k in range(0, len(every), rows):
-            used |= _SQUARES[gradients](model, parameters, make, every[k : k + rows], total)
+            used |= SQUARES[gradients](model, parameters, make, every[k : k + rows], total)
         if progress is not None:
             progress(here.stop, len(tracks))
         if checkpoint is not None and time.monotonic() - saved > _SECONDS_BETWEEN_CHECKPOINTS:
@@ -138,33 +138,3 @@ def _rows_of(
     model: Denoiser, batch: Batch, plan: DrawPlan, masked: bool, pairs: Sequence[tuple[int, int]]
 ) -> Noised:
     return noised_rows(model, batch, pairs, plan, "fisher", masked)
-
-
-_Make = Callable[[Sequence[tuple[int, int]]], Noised]
-
-
-def _batch_squares(
-    model: Denoiser, parameters: Mapping[str, nn.Parameter], make: _Make, pairs: Sequence[tuple[int, int]],
-    total: Mapping[str, Tensor],
-) -> set[str]:  # fmt: skip
-    """Add ``sum_b g_b^2`` of some (track, draw) pairs in one backward pass; returns the parameters used."""
-    return per_sample_backward(
-        model, parameters, make(pairs), lambda name, gradient: add_squares(total[name], gradient)
-    )
-
-
-def _loop_squares(
-    model: Denoiser, parameters: Mapping[str, nn.Parameter], make: _Make, pairs: Sequence[tuple[int, int]],
-    total: Mapping[str, Tensor],
-) -> set[str]:  # fmt: skip
-    """The same, one pair at a time."""
-    used = set()
-    for pair in pairs:
-        for name, g in summed_gradient(model, parameters, make([pair])).items():
-            if g is not None:
-                add_squares(total[name], g[None])
-                used.add(name)
-    return used
-
-
-_SQUARES = {"batch": _batch_squares, "loop": _loop_squares}

@@ -103,17 +103,46 @@ def per_sample_backward(
     return uses.finish()
 
 
+# -- sums of squares, in two ways -----------------------------------------------------------------
+
+Make = Callable[[Sequence[tuple[int, int]]], Noised]
+"""Makes the noised rows of (track, draw) pairs."""
+
+
+def batch_squares(
+    model: Denoiser, parameters: Mapping[str, nn.Parameter], make: Make, pairs: Sequence[tuple[int, int]],
+    total: Mapping[str, Tensor], objective: Objective = losses,
+) -> set[str]:  # fmt: skip
+    """Add ``sum_b g_b^2`` of some pairs to ``total`` in one backward pass; returns the parameters that are used."""
+    return per_sample_backward(
+        model, parameters, make(pairs), lambda name, gradient: add_squares(total[name], gradient), objective
+    )
+
+
+def loop_squares(
+    model: Denoiser, parameters: Mapping[str, nn.Parameter], make: Make, pairs: Sequence[tuple[int, int]],
+    total: Mapping[str, Tensor], objective: Objective = losses,
+) -> set[str]:  # fmt: skip
+    """The same, one pair at a time, by autograd alone."""
+    used = set()
+    for pair in pairs:
+        for name, g in summed_gradient(model, parameters, make([pair]), objective).items():
+            if g is not None:
+                add_squares(total[name], g[None])
+                used.add(name)
+    return used
+
+
+SQUARES = {"batch": batch_squares, "loop": loop_squares}
+
 # Relative error of a parameter's sum of squares that rounding explains; mixing rows up costs far more.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0.1}
-
-
-# -- proof ----------------------------------------------------------------------------------------
 
 
 def check_against_loop(
     model: Denoiser,
     parameters: Mapping[str, nn.Parameter],
-    make: Callable[[Sequence[tuple[int, int]]], Noised],
+    make: Make,
     pairs: Sequence[tuple[int, int]],
     objective: Objective = losses,
 ) -> None:
@@ -131,18 +160,9 @@ def check_against_loop(
     """
     tolerance = _TOLERANCE[next(iter(parameters.values())).dtype]
     found = {name: torch.zeros_like(p, dtype=work_dtype(model)) for name, p in parameters.items()}
-    used = per_sample_backward(
-        model,
-        parameters,
-        make(pairs),
-        lambda name, gradient: add_squares(found[name], gradient),
-        objective,
-    )
+    used = batch_squares(model, parameters, make, pairs, found, objective)
     expected = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
-    for pair in pairs:
-        for name, g in summed_gradient(model, parameters, make([pair]), objective).items():
-            if g is not None:
-                expected[name] += g.double().square()
+    loop_squares(model, parameters, make, pairs, expected, objective)
     scale = max(float(x.abs().max()) for x in expected.values())
     for name, want in expected.items():
         have = found[name].double()

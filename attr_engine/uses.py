@@ -173,18 +173,17 @@ class Uses(TorchFunctionMode):
                 f"{self._name(weight) if self._tracked(weight) else self._name(bias)} sees an input of shape {list(x.shape)}, whose "
                 f"first axis is not the batch of {self._batch} rows: use --gradients loop"
             )
-        for parameter in (weight, bias):
-            if self._tracked(parameter):
-                name = self._names[id(parameter)]
+        names = [self._names[id(p)] if self._tracked(p) else None for p in (weight, bias)]
+        for name in names:
+            if name is not None:
                 self._expected[name] = self._expected.get(name, 0) + 1
 
-        def found(g: Factors | None, b: Tensor | None) -> None:
-            if g is not None and self._tracked(weight):
-                self._book(self._names[id(weight)], g)
-            if b is not None and self._tracked(bias):
-                self._book(self._names[id(bias)], b)
+        def found(*gradients: Factors | Tensor | None) -> None:
+            for name, gradient in zip(names, gradients, strict=True):
+                if name is not None and gradient is not None:
+                    self._book(name, gradient)
 
-        use = _Use(self._batch, self._tracked(weight), self._tracked(bias), found)
+        use = _Use(self._batch, names[0] is not None, names[1] is not None, found)
         plain = (weight.detach(), None if bias is None else bias.detach())
         return kind.apply(x, *plain, self._anchor.to(x.device), use, *_settings(kind, rest, named))
 

@@ -98,10 +98,8 @@ void Stream::CheckPlan() const {
   const size_t tracks = plan_.shards.size();
   const size_t batches = plan_.ends.size();
   int64_t before = 0;
-  int64_t widest = 0;
   for (const int64_t end : plan_.ends) {
     if (end <= before) Refuse("a batch of the plan is empty");
-    widest = std::max(widest, end - before);
     before = end;
   }
   if (static_cast<size_t>(before) != tracks) {

@@ -15,7 +15,12 @@ from attr_engine.latents import native
 from attr_engine.latents.errors import DatasetError, ManifestMismatch, ReadError, named
 from attr_engine.latents.manifest import MANIFEST, NUMBERS, SEAL, checksum, columns_of, meta_sum, shard_path
 from attr_engine.latents.memory import check_ids
-from attr_engine.latents.shardfile import Contents, read_contents
+from attr_engine.latents.shardfile import FILE_NAME, Contents, read_contents
+
+
+def shard_files(folder: Path) -> list[str]:
+    """Names of the shards in a folder, in their order."""
+    return sorted(p.name for p in folder.glob("shard-*.safetensors") if FILE_NAME.fullmatch(p.name))
 
 
 def contents_of(folder: Path, file: str) -> Contents:

@@ -15,7 +15,7 @@ import torch
 
 from attr_engine.errors import UserError, one_line
 from attr_engine.latents import native
-from attr_engine.latents.build import build_manifest, contents_of, shared_of
+from attr_engine.latents.build import build_manifest, contents_of, shard_files, shared_of
 from attr_engine.latents.errors import DatasetError, NewerFormat, OutsideFolder, ReadError, named
 from attr_engine.latents.header import DTYPES, open_file, read_at, read_header
 from attr_engine.latents.manifest import MANIFEST, TEXTS, Manifest, shard_path
@@ -71,11 +71,6 @@ class Verdict:
     def to_json(self) -> str:
         """All of it, for other programs."""
         return json.dumps(asdict(self), indent=2)
-
-
-def shard_files(folder: Path) -> list[str]:
-    """Names of the shards in a folder, in their order."""
-    return sorted(p.name for p in folder.glob("shard-*.safetensors") if FILE_NAME.fullmatch(p.name))
 
 
 def info(folder: Path) -> dict[str, Any]:

@@ -86,14 +86,12 @@ def _mix(x: np.ndarray) -> np.ndarray:
         return np.asarray(x ^ (x >> np.uint64(31)))
 
 
-def first_batch(position: dict[str, Any] | None, digest: str, batches: int) -> int:
+def first_batch(position: Any, digest: str, batches: int) -> int:
     """The batch to go on with from a saved position.
 
     Raises:
         UserError: the position is of another plan or data set, or is none.
     """
-    if position is None:
-        return 0
     if not isinstance(position, dict) or type(position.get("batch")) is not int:
         raise UserError("the position is not one that a stream gave: use stream.position")
     if position.get("plan") != digest:

@@ -12,18 +12,19 @@ from typing import Any
 import numpy as np
 
 from attr_engine.errors import UserError
-from attr_engine.latents.batch import Batch
+from attr_engine.latents.batch import Batch, Lazy
 from attr_engine.latents.errors import (
     DamagedManifest,
     ManifestMismatch,
     TruncatedShard,
 )
+from attr_engine.latents.layout import Reading
 from attr_engine.latents.manifest import MANIFEST, Manifest, shard_path
 from attr_engine.latents.memory import check_ids
-from attr_engine.latents.stream import LatentStream, Reading, read_once
+from attr_engine.latents.stream import LatentStream, read_once
 
 
-class _Rows(Sequence[dict[str, Any]]):
+class _Rows(Lazy[dict[str, Any]]):
     """A column of JSON objects, parsed when they are asked for."""
 
     def __init__(self, manifest: Manifest, column: str, kept: np.ndarray | None) -> None:
@@ -38,9 +39,8 @@ class _Rows(Sequence[dict[str, Any]]):
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def item(self, index: int) -> dict[str, Any]:
+        """The object of one track."""
         try:
             value = json.loads(self._texts[index])
             if not isinstance(value, dict):
@@ -48,9 +48,6 @@ class _Rows(Sequence[dict[str, Any]]):
         except (ValueError, TypeError, RecursionError) as error:
             raise self._manifest.damaged(error) from error
         return value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and list(self) == list(other)
 
 
 class LatentDataset:
@@ -98,7 +95,7 @@ class LatentDataset:
         self.padding = None if meta["padding"] is None else np.asarray(meta["padding"], dtype=np.float64)
         self.conditioning = _Rows(self.manifest, "conditioning", self._kept)
         self.info = _Rows(self.manifest, "info", self._kept)
-        self.reading = Reading(self.path, meta, columns, self._paths(meta))
+        self.reading = Reading(meta, columns, self._paths(meta))
         self.dtype = self.reading.dtype
 
     def _paths(self, meta: Mapping[str, Any]) -> list[Path]:

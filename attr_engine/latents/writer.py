@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from attr_engine.errors import UserError, one_line
-from attr_engine.latents.build import build_manifest, contents_of, shared_of
+from attr_engine.latents.build import build_manifest, contents_of, shard_files, shared_of
 from attr_engine.latents.errors import DiskFull
 from attr_engine.latents.header import MAX_RANK, NAMES
 from attr_engine.latents.manifest import MANIFEST, Manifest
@@ -92,7 +92,7 @@ class LatentWriter:
             part.unlink()
         left_out = self._left_out
         gone = {(file, row) for file, row, _ in self._dropped}
-        found = sorted(p.name for p in self.out.glob("shard-*.safetensors") if FILE_NAME.fullmatch(p.name))
+        found = shard_files(self.out)
         self._files += [name for name in found if name not in self._files and name not in left_out]
         self._next = 1 + max((int(name[6:].split(".")[0]) for name in (*found, *left_out)), default=-1)
         for file in self._files:
