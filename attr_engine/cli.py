@@ -167,16 +167,16 @@ def _generate(args: argparse.Namespace) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     """``fisher``, ``unlearn``, ``score``, ``attribute`` and ``report``: how far to go in a run directory."""
-    from attr_engine import pipeline
-    from attr_engine.jobs import load_job
+    from attr_engine import jobs, pipeline
+    from attr_engine.load import load_job
     from attr_engine.report.build import build_report
     from attr_engine.runs import open_run
 
     settings, out = cli_options.settings_of(args), Path(args.out)
     with open_run(out, settings) as run:
         job = load_job(run)
-        pipeline.check(job)
-        print(pipeline.plan_of(job), file=sys.stderr)
+        jobs.check(job)
+        print(jobs.plan_of(job), file=sys.stderr)
         fisher = pipeline.fisher_stage(job)
         if args.command == "fisher":
             print(

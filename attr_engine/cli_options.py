@@ -12,7 +12,7 @@ from attr_engine.errors import printable
 from attr_engine.settings import Settings, field_types, from_json, read_settings, to_json
 
 if TYPE_CHECKING:
-    from attr_engine.pipeline import Job
+    from attr_engine.jobs import Job
     from attr_engine.result import Attribution
 
 _RUN_TEXTS = {

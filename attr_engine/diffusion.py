@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -85,16 +85,22 @@ class Noised:
     """Rows ready for the model: one row is one (track, draw) pair.
 
     Attributes:
-        x_t: noised latents ``[B, C, F]``.
+        x: clean latents ``[B, C, F]``, float32 or float64.
+        keys: of each row's noise, int64 ``[B]``.
         t: timesteps ``[B]`` float64.
-        target: ``[B, C, F]``, float32 or float64.
+        objective: ``"v"`` or ``"rectified_flow"``.
+        x_t: noised latents ``[B, C, F]``.
+        target: ``[B, C, F]`` in the dtype of ``x``; None where the loss kernel makes the noise again.
         counted: bool ``[B, F]``.
         conditioning: what the model's ``conditioning`` returned for these rows.
     """
 
-    x_t: Tensor
+    x: Tensor
+    keys: Tensor
     t: Tensor
-    target: Tensor
+    objective: str
+    x_t: Tensor
+    target: Tensor | None
     counted: Tensor
     conditioning: Any
 
@@ -131,13 +137,22 @@ def noised_rows(
     times = [plan.timestep(purpose, track, d) for track, (_, d) in zip(tracks, rows, strict=True)]
     index = torch.as_tensor([i for i, _ in rows])
     x = batch.latents[index].to(device=device, dtype=dtype)
-    e = kernels.noise(torch.tensor(keys, device=device), x.shape[1], x.shape[2])
+    noise_keys = torch.tensor(keys, device=device)
     t = torch.tensor(times, dtype=torch.float64, device=device)
+    target: Tensor | None = None
+    if kernels.fused(device):
+        x_t = kernels.noised(x, noise_keys, t, model.objective)
+    else:  # on a CPU making the noise again would cost as much as a small model
+        e = kernels.noise(noise_keys, x.shape[1], x.shape[2])
+        x_t, target = kernels.mix(x, e, t, model.objective), kernels.v_target(x, e, t, model.objective)
     counted = batch.mask()[index].to(device)
     return Noised(
-        x_t=kernels.mix(x, e, t, model.objective),
+        x=x,
+        keys=noise_keys,
         t=t,
-        target=kernels.v_target(x, e, t, model.objective),
+        objective=model.objective,
+        x_t=x_t,
+        target=target,
         counted=counted if masked else torch.ones_like(counted),
         conditioning=model.conditioning([batch.conditioning[i] for i, _ in rows]),
     )
@@ -145,12 +160,46 @@ def noised_rows(
 
 def predict(model: Denoiser, noised: Noised) -> Tensor:
     """Predicted v (or flow) of every row, ``[B, C, F]`` in the work dtype."""
-    return model.predict(noised.x_t, noised.t, noised.conditioning).to(noised.target.dtype)
+    return model.predict(noised.x_t, noised.t, noised.conditioning).to(noised.x.dtype)
+
+
+def row_losses(prediction: Tensor, noised: Noised) -> Tensor:
+    """Masked mean squared error of predictions ``[B, C, F]``: float64 ``[B]``, differentiable."""
+    if noised.target is not None:
+        return kernels.per_draw_loss(prediction, noised.target, noised.counted)
+    gradient = prediction.requires_grad and torch.is_grad_enabled()
+    parts = (noised.x, noised.keys, noised.t, noised.counted, noised.objective)
+    return kernels.v_loss(prediction, *parts, with_gradient=gradient)[0]
+
+
+def frame_losses(prediction: Tensor, noised: Noised) -> Tensor:
+    """Squared error of every frame, the mean over channels: float64 ``[B, F]``, 0 where not counted."""
+    if noised.target is not None:
+        squared = (prediction - noised.target).square()
+        return squared.sum(dim=1, dtype=torch.float64) / squared.shape[1] * noised.counted
+    parts = (noised.x, noised.keys, noised.t, noised.counted, noised.objective)
+    return kernels.v_loss(prediction, *parts, per_frame=True, with_gradient=False)[1]
 
 
 def losses(model: Denoiser, noised: Noised) -> Tensor:
     """Per-draw loss of every row, float64 ``[B]``, differentiable."""
-    return kernels.per_draw_loss(predict(model, noised), noised.target, noised.counted)
+    return row_losses(predict(model, noised), noised)
+
+
+def squared_norms(model: Denoiser, noised: Noised) -> Tensor:
+    """Mean square of every row's prediction over the counted elements, float64 ``[B]``, differentiable.
+
+    The function whose gradients D-TRAK (Zheng et al., ICLR 2024) takes in place of the loss's.
+    """
+    prediction = predict(model, noised)
+    return kernels.per_draw_loss(prediction, torch.zeros_like(prediction), noised.counted)
+
+
+RowFunction = Callable[[Denoiser, Noised], Tensor]
+"""The number of each row ``[B]`` whose gradient is wanted."""
+
+ROW_FUNCTIONS: dict[str, RowFunction] = {"loss": losses, "squared_norm": squared_norms}
+"""Name to function of (model, noised rows): per-track functions of the influence family."""
 
 
 def standard_error(values: np.ndarray, replicates: int) -> np.ndarray:

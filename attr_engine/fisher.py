@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,9 +15,9 @@ from torch import Tensor
 
 from attr_engine.diffusion import DrawPlan, Noised, noised_rows, work_dtype
 from attr_engine.errors import UserError
-from attr_engine.latents.batch import Batch, Tracks, check_tracks
+from attr_engine.latents.batch import Tracks, check_tracks
 from attr_engine.models.protocol import Denoiser, select_parameters
-from attr_engine.persample import SQUARES, check_against_loop
+from attr_engine.persample import SQUARES, Make, check_against_loop
 from attr_engine.tensorfile import load_tensors, save_tensors
 
 _SECONDS_BETWEEN_CHECKPOINTS = 20.0
@@ -100,6 +99,10 @@ def fit_fisher(
         raise UserError(f"gradients={gradients!r}, rows={rows}: use 'batch' or 'loop', and at least one row")
     plan.check(draws, "the number of Fisher draws")
     parameters = select_parameters(model, layers)
+    step = max(1, rows // draws)  # tracks a pass
+    if gradients == "batch":  # before the running sum is there: the comparison holds two such sums of its own
+        first_pass, every = _pass(model, tracks, range(min(step, len(tracks))), plan, draws, masked)
+        check_against_loop(model, parameters, first_pass, every[: max(2, min(4, rows))])
     total = {name: torch.zeros_like(p, dtype=work_dtype(model)) for name, p in parameters.items()}
     done, used = 0, set[str]()
     if checkpoint is not None and checkpoint.exists():
@@ -110,13 +113,9 @@ def fit_fisher(
     if progress is not None:
         progress(done, len(tracks))
 
-    step = max(1, rows // draws)  # tracks a pass
     for first in range(done, len(tracks), step):
         here = range(first, min(first + step, len(tracks)))
-        make = partial(_rows_of, model, tracks.batch(here, model.frames), plan, masked)
-        every = [(i, d) for i in range(len(here)) for d in range(draws)]
-        if gradients == "batch" and first == done:
-            check_against_loop(model, parameters, make, every[: max(2, min(4, rows))])
+        make, every = _pass(model, tracks, here, plan, draws, masked)
         for k in range(0, len(every), rows):
             used |= SQUARES[gradients](model, parameters, make, every[k : k + rows], total)
         if progress is not None:
@@ -134,7 +133,13 @@ def fit_fisher(
     return Fisher(values, pairs, tuple(name for name in parameters if name not in used))
 
 
-def _rows_of(
-    model: Denoiser, batch: Batch, plan: DrawPlan, masked: bool, pairs: Sequence[tuple[int, int]]
-) -> Noised:
-    return noised_rows(model, batch, pairs, plan, "fisher", masked)
+def _pass(
+    model: Denoiser, tracks: Tracks, indices: range, plan: DrawPlan, draws: int, masked: bool
+) -> tuple[Make, list[tuple[int, int]]]:
+    """What makes noised rows of some tracks, and all their (track, draw) pairs."""
+    batch = tracks.batch(indices, model.frames)
+
+    def make(pairs: Sequence[tuple[int, int]]) -> Noised:
+        return noised_rows(model, batch, pairs, plan, "fisher", masked)
+
+    return make, [(i, d) for i in range(len(indices)) for d in range(draws)]

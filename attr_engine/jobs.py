@@ -1,68 +1,171 @@
-"""From the paths in a run's settings to a job: model, training tracks, queries."""
+"""What a run computes: model, training tracks, queries, and the directory that holds the results."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from attr_engine import progress
+from attr_engine.diffusion import DrawPlan
 from attr_engine.errors import UserError
-from attr_engine.latents import LatentDataset
-from attr_engine.latents.audio import find_audio
-from attr_engine.latents.ingest import ingest_audio
-from attr_engine.latents.manifest import MANIFEST
-from attr_engine.models.autoencoder import Autoencoder
-from attr_engine.models.stable_audio import StableAudioDenoiser, load_model
-from attr_engine.pipeline import Job, make_queries
+from attr_engine.files import write_json
+from attr_engine.latents.batch import Tracks, check_tracks
+from attr_engine.memory import fit_rows
+from attr_engine.models.checkpoint import read_json
+from attr_engine.models.protocol import Denoiser, select_parameters
 from attr_engine.runs import Run, key_of
+from attr_engine.score import FIRST_ORDER, score_function
+from attr_engine.settings import to_json
+from attr_engine.unlearn import check_settings
+
+ROWS = "rows.json"
 
 
-def load_job(run: Run) -> Job:
-    """Load what the settings name.
+@dataclass(frozen=True)
+class Query:
+    """One query: where its latent is, and under which id its scores stand."""
+
+    tracks: Tracks
+    index: int
+    kind: str
+
+    @property
+    def id(self) -> str:
+        """Id of the query."""
+        return self.tracks.ids[self.index]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the stages share: model, data, queries and the run that they write to."""
+
+    run: Run
+    model: Denoiser
+    tracks: Tracks
+    queries: tuple[Query, ...]
+
+    @property
+    def plan(self) -> DrawPlan:
+        """The draw plan of the settings."""
+        s = self.run.settings
+        return DrawPlan(s.seed, s.plan, s.replicates)
+
+    @property
+    def dtype(self) -> str:
+        """Dtype of the model as it is: a caller of :func:`attribute` may not have set it in the settings."""
+        return str(next(self.model.module.parameters()).dtype).removeprefix("torch.")
+
+    @cached_property
+    def rows(self) -> int:
+        """Rows a pass: as the settings say, or as many as fit into ``memory``, chosen once for a run directory."""
+        s = self.run.settings
+        if s.memory == 0.0:
+            return s.rows
+        key = self.key("memory", "score_draws", "unit_tracks", "functions", "gradients")
+        path = self.run.path / ROWS
+        if path.exists():
+            kept = read_json(path, "number of rows")
+            if kept.get("key") == key:
+                return int(kept["rows"])
+        batch = self.tracks.batch([0], self.model.frames)
+        influence = len(self.queries) * len(s.strengths) if set(s.functions) & set(FIRST_ORDER) else 0
+        rows = fit_rows(
+            self.model, select_parameters(self.model, s.layers), batch, self.plan, s.memory,
+            s.unit_tracks * s.score_draws, influence, s.gradients,
+        )  # fmt: skip
+        write_json(path, {"key": key, "rows": rows})
+        return rows
+
+    def key(self, *names: str) -> str:
+        """Key of a stage: model, data, the draw plan and the named settings."""
+        values = {**to_json(self.run.settings), "dtype": self.dtype}
+        if "rows" in names:
+            values["rows"] = self.rows
+        shared = ("layers", "seed", "plan", "replicates", "dtype")
+        return key_of(
+            self.model.fingerprint, self.tracks.fingerprint, {n: values[n] for n in (*shared, *names)}
+        )
+
+    @property
+    def row_functions(self) -> tuple[str, ...]:
+        """Whose gradients give updates: the loss's always, others where a score function needs them."""
+        named = [FIRST_ORDER[name] for name in self.run.settings.functions if name in FIRST_ORDER]
+        return tuple(dict.fromkeys(["loss", *named]))
+
+    def update_path(self, query: Query, strength: float, function: str = "loss") -> Path:
+        """Where the update of a query lies; ids are hashed, because they may hold anything."""
+        kind = "" if function == "loss" else f".{function}"
+        return self.run.path / "updates" / f"{key_of(query.id)}@{strength!r}{kind}.safetensors"
+
+
+def _kind_of(info: Mapping[str, Any]) -> str:
+    """What the metadata call a query; only the engine itself calls one a training track."""
+    kind = str(info.get("kind") or "query")
+    return "query" if kind == "training track" else kind
+
+
+def make_queries(
+    tracks: Tracks, queries: Sequence[Tracks], self_influence: Sequence[str] = ()
+) -> tuple[Query, ...]:
+    """Queries of a run: every track of some sets, and training tracks by id.
 
     Raises:
-        UserError: a path is not set or cannot be used.
+        UserError: no query at all, an id that is not a training track, or an id that stands twice.
     """
-    s = run.settings
-    for value, flag, what in ((s.model, "--model", "model"), (s.data, "--data", "training data")):
-        if not value:
-            raise UserError(f"no {what} was named: give {flag} (or a --config that has it)")
-    if s.threads > 0:
-        torch.set_num_threads(s.threads)
-    try:
-        torch.empty(0, device=s.device)
-    except (RuntimeError, AssertionError) as error:
+    out = [Query(q, i, _kind_of(q.info[i])) for q in queries for i in range(len(q))]
+    where = {name: i for i, name in enumerate(tracks.ids)}
+    for name in self_influence:
+        if name not in where:
+            raise UserError(f"self-influence target {name!r} is not a training track: check the id")
+        out.append(Query(tracks, where[name], "training track"))
+    if not out:
+        raise UserError("there is no query: give --queries, or --self-influence with ids of training tracks")
+    seen: set[str] = set()
+    for query in out:
+        if query.id in seen:
+            raise UserError(f"the query {query.id!r} stands twice: give each query an id of its own")
+        seen.add(query.id)
+    return tuple(out)
+
+
+def check(job: Job) -> None:
+    """Refuse whatever later stages would refuse, before any of them has cost time."""
+    s = job.run.settings
+    check_tracks(job.tracks, job.model.channels, job.model.frames, "training")
+    for query in job.queries:
+        check_tracks(query.tracks, job.model.channels, job.model.frames, "query")
+    select_parameters(job.model, s.layers)
+    if job.model.module.training:
         raise UserError(
-            f"device {s.device!r} cannot be used ({str(error).splitlines()[0]}): use --device cpu"
-        ) from error
-    model = load_model(s.model, s.weights or None, s.dtype, s.device, s.ema)
-    tracks = LatentDataset(s.data)
-    queries = [_load_queries(run, model, Path(path)) for path in s.queries]
-    return Job(run, model, tracks, make_queries(tracks, queries, s.self_influence))
+            "the model is in training mode, where dropout would differ from pass to pass: call .eval()"
+        )
+    for name in s.functions:
+        score_function(name)
+    if not s.functions or not s.strengths:
+        raise UserError("name at least one score function and one strength")
+    for strength in s.strengths:
+        check_settings(strength, s.unit, s.steps, s.damping)
+        if s.strengths.count(strength) > 1:
+            raise UserError(f"the strength {strength} stands twice in the settings: name each once")
+    for draws, what in ((s.fisher_draws, "Fisher"), (s.update_draws, "update"), (s.score_draws, "score")):
+        job.plan.check(draws, f"the number of {what} draws")
+    if min(s.rows, s.unit_tracks, s.top) < 1 or min(s.threads, s.memory) < 0:
+        raise UserError("rows, unit_tracks and top must be at least 1, threads and memory at least 0")
+    _ = job.rows  # with a bound on memory, whether anything fits is found out here
 
 
-def _load_queries(run: Run, model: StableAudioDenoiser, source: Path) -> LatentDataset:
-    """A data set as it is; audio is encoded into the run directory first, longer pieces refused."""
-    if (source / MANIFEST).exists():
-        return LatentDataset(source)
-    files = find_audio(source)
-    stamp = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    folder = run.path / f"queries-{key_of(str(source.resolve()), stamp, model.fingerprint)}"
-    if not (folder / MANIFEST).exists():
-        if model.pretransform is None:
-            raise UserError(
-                f"the model has no autoencoder, or its weights lack it, so the audio {source} cannot be encoded: "
-                "ingest latents as queries"
-            )
-        encoder = Autoencoder(
-            model.pretransform, model.sample_rate, model.config["model"]["pretransform"], model.fingerprint
-        )
-        metadata = next((p for p in (source / "metadata.csv", source / "metadata.json") if p.is_file()), None)
-        names = (
-            [] if model.wrapper.conditioner is None else list(model.wrapper.conditioner.conditioners.keys())
-        )
-        condition = [n for n in names if n not in ("seconds_start", "seconds_total")]
-        ingest_audio(source, folder, encoder, model.frames, metadata, condition, "error", kind="query",
-                     progress=progress.bar("encoding queries", "file"))  # fmt: skip
-    return LatentDataset(folder)
+def plan_of(job: Job) -> str:
+    """What the run is going to cost, in passes through the model."""
+    s, n = job.run.settings, len(job.tracks)
+    updates = len(job.queries) * len(s.strengths)
+    kinds = len(job.row_functions)
+    backward = n * s.fisher_draws + kinds * (len(job.queries) + updates * (s.steps - 1)) * s.update_draws
+    backward += n * s.score_draws * len({FIRST_ORDER[f] for f in s.functions if f in FIRST_ORDER})
+    forward = n * s.score_draws * (1 + updates * bool(set(s.functions) - set(FIRST_ORDER)))
+    rows = f", {job.rows} rows a pass" if s.memory else ""
+    return (
+        f"{len(job.queries)} queries, {updates} updates, {n} tracks: {backward} gradients "
+        f"and {forward} forward passes{rows}"
+    )

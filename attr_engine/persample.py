@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from attr_engine import kernels
-from attr_engine.diffusion import Noised, losses, work_dtype
+from attr_engine.diffusion import Noised, RowFunction, losses, work_dtype
 from attr_engine.errors import UserError
 from attr_engine.models.protocol import Denoiser
 from attr_engine.uses import Factors, Sink, Uses
@@ -46,15 +46,11 @@ def add_squares(total: Tensor, gradient: Factors | Tensor) -> None:
         kernels.squared_gradient_(squares[j], gradient.g[:, j], gradient.a[:, j])
 
 
-Objective = Callable[[Denoiser, Noised], Tensor]
-"""The number of each row ``[B]`` whose gradient is wanted, such as :func:`attr_engine.diffusion.losses`."""
-
-
 def summed_gradient(
     model: Denoiser,
     parameters: Mapping[str, nn.Parameter],
     rows: Noised,
-    objective: Objective = losses,
+    function: RowFunction = losses,
 ) -> dict[str, Tensor | None]:
     """Gradient of the *sum* of the rows' losses, or of another number of each row, by autograd alone.
 
@@ -62,14 +58,14 @@ def summed_gradient(
         model: the denoiser.
         parameters: with respect to which.
         rows: noised rows; one row gives a per-sample gradient.
-        objective: the number of each row, ``[B]``.
+        function: the number of each row, ``[B]``.
 
     Returns:
         Name to gradient in the parameter's shape and dtype; None where the prediction does not
         depend on the parameter (its gradient is exactly zero).
     """
     with torch.enable_grad():
-        total = objective(model, rows).sum()
+        total = function(model, rows).sum()
     gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
     return dict(zip(parameters, gradients, strict=True))
 
@@ -79,7 +75,7 @@ def per_sample_backward(
     parameters: Mapping[str, nn.Parameter],
     rows: Noised,
     sink: Sink,
-    objective: Objective = losses,
+    function: RowFunction = losses,
 ) -> set[str]:
     """Pass the per-sample gradients of every row to ``sink``, once for each parameter that is used.
 
@@ -88,7 +84,7 @@ def per_sample_backward(
         parameters: with respect to which.
         rows: B noised rows.
         sink: called with a parameter's name and gradients, as soon as they are whole.
-        objective: the number of each row, ``[B]``, whose gradient is wanted; default the loss.
+        function: the number of each row, ``[B]``, whose gradient is wanted; default the loss.
 
     Returns:
         Names of the parameters that the prediction depends on.
@@ -98,7 +94,7 @@ def per_sample_backward(
     """
     uses = Uses(parameters, len(rows.t), sink)
     with torch.enable_grad(), uses:
-        total = objective(model, rows).sum()
+        total = function(model, rows).sum()
     total.backward()
     return uses.finish()
 
@@ -111,22 +107,22 @@ Make = Callable[[Sequence[tuple[int, int]]], Noised]
 
 def batch_squares(
     model: Denoiser, parameters: Mapping[str, nn.Parameter], make: Make, pairs: Sequence[tuple[int, int]],
-    total: Mapping[str, Tensor], objective: Objective = losses,
+    total: Mapping[str, Tensor], function: RowFunction = losses,
 ) -> set[str]:  # fmt: skip
     """Add ``sum_b g_b^2`` of some pairs to ``total`` in one backward pass; returns the parameters that are used."""
     return per_sample_backward(
-        model, parameters, make(pairs), lambda name, gradient: add_squares(total[name], gradient), objective
+        model, parameters, make(pairs), lambda name, gradient: add_squares(total[name], gradient), function
     )
 
 
 def loop_squares(
     model: Denoiser, parameters: Mapping[str, nn.Parameter], make: Make, pairs: Sequence[tuple[int, int]],
-    total: Mapping[str, Tensor], objective: Objective = losses,
+    total: Mapping[str, Tensor], function: RowFunction = losses,
 ) -> set[str]:  # fmt: skip
     """The same, one pair at a time, by autograd alone."""
     used = set()
     for pair in pairs:
-        for name, g in summed_gradient(model, parameters, make([pair]), objective).items():
+        for name, g in summed_gradient(model, parameters, make([pair]), function).items():
             if g is not None:
                 add_squares(total[name], g[None])
                 used.add(name)
@@ -144,7 +140,7 @@ def check_against_loop(
     parameters: Mapping[str, nn.Parameter],
     make: Make,
     pairs: Sequence[tuple[int, int]],
-    objective: Objective = losses,
+    function: RowFunction = losses,
 ) -> None:
     """Compare the squared per-sample gradients of a batch with those of single rows.
 
@@ -153,19 +149,19 @@ def check_against_loop(
         parameters: with respect to which.
         make: noised rows of (track, draw) pairs.
         pairs: which to compare; at least 2, so that a mixing of rows shows.
-        objective: the number of each row, ``[B]``.
+        function: the number of each row, ``[B]``.
 
     Raises:
         UserError: they differ by more than rounding, by name of the parameter.
     """
     tolerance = _TOLERANCE[next(iter(parameters.values())).dtype]
     found = {name: torch.zeros_like(p, dtype=work_dtype(model)) for name, p in parameters.items()}
-    used = batch_squares(model, parameters, make, pairs, found, objective)
-    expected = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
-    loop_squares(model, parameters, make, pairs, expected, objective)
+    used = batch_squares(model, parameters, make, pairs, found, function)
+    expected = {name: torch.zeros_like(value) for name, value in found.items()}
+    loop_squares(model, parameters, make, pairs, expected, function)
     scale = max(float(x.abs().max()) for x in expected.values())
-    for name, want in expected.items():
-        have = found[name].double()
+    for name in expected:
+        want, have = expected[name].double(), found[name].double()
         if not torch.isfinite(want).all() and not torch.isfinite(have).all():
             continue  # the model or the data are at fault, and whoever uses the sum says so
         # A gradient that is zero but for rounding (a bias of keys before a softmax) is compared with the largest.

@@ -1,20 +1,28 @@
 """Scores: what unlearning a query does to every track, on the track's own draws.
 
-``tau[q, i] = mean over draws of s(L_d(z_i; theta_0), L_d(z_i; theta_q), displacement)``. The same
+``tau[q, i] = mean over draws of s(L_d(z_i; theta_0), L_d(z_i; theta_q), displacement, influence)``. The same
 draws serve theta_0 and theta_q, so the difference is paired (METHOD section 1).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from attr_engine import kernels
-from attr_engine.diffusion import DrawPlan, Noised, noised_rows, predict, standard_error
+from attr_engine.diffusion import (
+    DrawPlan,
+    Noised,
+    frame_losses,
+    noised_rows,
+    predict,
+    row_losses,
+    standard_error,
+)
 from attr_engine.errors import UserError
 from attr_engine.latents.batch import Batch
 from attr_engine.models.protocol import Denoiser
@@ -29,11 +37,14 @@ class Effects:
         base: ``[N, D]``, loss under theta_0.
         unlearned: ``[U, N, D]``, loss under theta_0 + update.
         displacement: ``[U, N, D]``, mean squared change of the prediction over the counted elements.
+        influence: name of a function of :data:`attr_engine.diffusion.ROW_FUNCTIONS` to ``[U, N, D]``, what
+            :func:`attr_engine.influence.measure_influence` found.
     """
 
     base: np.ndarray
     unlearned: np.ndarray
     displacement: np.ndarray
+    influence: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 def loss_change(effects: Effects) -> np.ndarray:
@@ -51,13 +62,37 @@ def displacement(effects: Effects) -> np.ndarray:
     return effects.displacement
 
 
+def influence(effects: Effects) -> np.ndarray:
+    """Inner product of the track's loss gradient and the update: the loss change to first order."""
+    return _influence(effects, "loss")
+
+
+def norm_influence(effects: Effects) -> np.ndarray:
+    """The same of the squared norm of the prediction, of query and track: the target function of D-TRAK."""
+    return _influence(effects, "squared_norm")
+
+
+def _influence(effects: Effects, function: str) -> np.ndarray:
+    if function not in effects.influence:
+        raise UserError(
+            f"the influence of the {function} was not measured: put what measure_influence returns into Effects.influence"
+        )
+    return effects.influence[function]
+
+
 ScoreFunction = Callable[[Effects], np.ndarray]
 SCORE_FUNCTIONS: dict[str, ScoreFunction] = {
     "displacement": displacement,
+    "influence": influence,
     "loss_change": loss_change,
+    "norm_influence": norm_influence,
     "skew": skew,
 }
 """Name to function of :class:`Effects`, giving per-draw scores ``[U, N, D]``; add your own here."""
+
+
+FIRST_ORDER = {"influence": "loss", "norm_influence": "squared_norm"}
+"""Score functions that need no forward pass under an update, and the function whose gradients they take."""
 
 
 def score_function(name: str) -> ScoreFunction:
@@ -104,36 +139,20 @@ def measure_effects(
     noised = _rows(model, batch, plan, draws, masked, rows)
     base = [predict(model, n) for n in noised]
 
-    def table(per_chunk: Sequence[Tensor]) -> np.ndarray:
-        return np.asarray(torch.cat(list(per_chunk)).cpu().numpy().reshape(len(batch.ids), draws))
+    def table(chunks: Iterable[Tensor]) -> np.ndarray:
+        return np.asarray(torch.cat(list(chunks)).cpu().numpy().reshape(len(batch.ids), draws))
 
-    unlearned, moved = [], []
-    for load in updates:
+    unlearned = np.empty((len(updates), len(batch.ids), draws))
+    moved = np.empty_like(unlearned)
+    for u, load in enumerate(updates):
+        found, displaced = [], []
         with applied(model, load().delta):
-            predictions = [predict(model, n) for n in noised]
-        unlearned.append(
-            table(
-                [
-                    kernels.per_draw_loss(p, n.target, n.counted)
-                    for p, n in zip(predictions, noised, strict=True)
-                ]
-            )
-        )
-        moved.append(
-            table(
-                [
-                    kernels.per_draw_loss(p, p0, n.counted)
-                    for p, p0, n in zip(predictions, base, noised, strict=True)
-                ]
-            )
-        )
-    base_losses = table(
-        [kernels.per_draw_loss(p, n.target, n.counted) for p, n in zip(base, noised, strict=True)]
-    )
-    shape = (0, len(batch.ids), draws)
-    return Effects(
-        base_losses, np.array(unlearned).reshape(-1, *shape[1:]), np.array(moved).reshape(-1, *shape[1:])
-    )
+            for n, before in zip(noised, base, strict=True):
+                after = predict(model, n)
+                found.append(row_losses(after, n))
+                displaced.append(kernels.per_draw_loss(after, before, n.counted))
+        unlearned[u], moved[u] = table(found), table(displaced)
+    return Effects(table(row_losses(p, n) for p, n in zip(base, noised, strict=True)), unlearned, moved)
 
 
 def scores(
@@ -165,16 +184,15 @@ def frame_effects(
     """
     noised = _rows(model, batch, plan, draws, False, rows)
     base = [predict(model, n) for n in noised]
+    moved, change = [], []
     with applied(model, update.delta):
-        after = [predict(model, n) for n in noised]
+        for n, before in zip(noised, base, strict=True):
+            after = predict(model, n)
+            moved.append((after - before).square().double().mean(dim=1))
+            change.append(frame_losses(after, n) - frame_losses(before, n))
 
     def per_frame(chunks: Sequence[Tensor]) -> np.ndarray:
-        frames = torch.cat([c.double().mean(dim=1) for c in chunks]).cpu().numpy()
+        frames = torch.cat(list(chunks)).cpu().numpy()
         return np.asarray(frames.reshape(len(batch.ids), draws, -1).mean(axis=1))
 
-    moved = [(p - p0).square() for p, p0 in zip(after, base, strict=True)]
-    change = [
-        (p - n.target).square().double() - (p0 - n.target).square().double()
-        for p, p0, n in zip(after, base, noised, strict=True)
-    ]
     return {"displacement": per_frame(moved), "loss_change": per_frame(change)}

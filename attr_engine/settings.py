@@ -39,7 +39,8 @@ class Settings:
         "layer groups (cross_attn.to_kv, cross_attn, self_attn, transformer, all) or name patterns",
     )
     functions: tuple[str, ...] = _option(
-        ("loss_change", "skew", "displacement"), "score functions; the first one leads the report"
+        ("loss_change", "skew", "displacement"),
+        "score functions (loss_change, skew, displacement; to first order influence, norm_influence); the first one leads the report",
     )
     strengths: tuple[float, ...] = _option((1e-2,), "strengths of the update; the first one leads the report")
     unit: str = _option(
@@ -63,6 +64,10 @@ class Settings:
     dtype: str = _option("float32", "dtype of the denoiser", ("float32", "bfloat16", "float64"))
     device: str = _option("cpu", "torch device, e.g. cpu or cuda")
     rows: int = _option(16, "(track, draw) pairs a pass through the model")
+    memory: float = _option(
+        0.0,
+        "GB that the tensors of a run, the model's included, may take: rows a pass are chosen to fit (0: --rows counts)",
+    )
     gradients: str = _option(
         "batch",
         "per-sample gradients of the Fisher: a batch of rows in one backward pass, or one row after the other",

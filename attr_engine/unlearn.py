@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from attr_engine import kernels
-from attr_engine.diffusion import DrawPlan, noised_rows, work_dtype
+from attr_engine.diffusion import DrawPlan, RowFunction, losses, noised_rows, work_dtype
 from attr_engine.errors import UserError
 from attr_engine.fisher import Fisher
 from attr_engine.latents.batch import Batch, Tracks, check_tracks
@@ -91,14 +91,14 @@ def query_gradient(
     plan: DrawPlan,
     masked: bool,
     rows: int,
+    function: RowFunction = losses,
 ) -> dict[str, Tensor]:
-    """Gradient of the query's loss, averaged over draws, in the work dtype."""
+    """Gradient of the query's loss, or of another function of it, averaged over draws, in the work dtype."""
     mean = {name: torch.zeros_like(p, dtype=work_dtype(model)) for name, p in parameters.items()}
     for first in range(draws.start, draws.stop, rows):
         pairs = [(0, draw) for draw in range(first, min(first + rows, draws.stop))]
-        gradient = summed_gradient(
-            model, parameters, noised_rows(model, batch, pairs, plan, "update", masked)
-        )
+        rows_here = noised_rows(model, batch, pairs, plan, "update", masked)
+        gradient = summed_gradient(model, parameters, rows_here, function)
         for name, g in gradient.items():
             if g is not None:
                 mean[name] += g.to(mean[name].dtype) / len(draws)
@@ -151,6 +151,7 @@ def unlearn_query(
     masked: bool = True,
     rows: int = 16,
     first_gradient: Mapping[str, Tensor] | None = None,
+    function: RowFunction = losses,
 ) -> Update:
     """Unlearn one query from theta_0.
 
@@ -171,6 +172,8 @@ def unlearn_query(
         rows: draws a backward pass (memory; not part of the result's definition).
         first_gradient: what :func:`query_gradient` gives at theta_0, where it is known already: it is
             the same for every strength.
+        function: what is raised, of (model, noised rows) ``[B]``: the loss, or another function of the query whose
+            preconditioned gradient is wanted (:data:`attr_engine.diffusion.ROW_FUNCTIONS`).
 
     Raises:
         UserError: an unusable query or setting, or a gradient that is zero or not finite.
@@ -193,8 +196,11 @@ def unlearn_query(
         else:
             with applied(model, delta):
                 fresh = range(k * draws, (k + 1) * draws)
-                gradient = query_gradient(model, parameters, batch, fresh, plan, masked, rows)
-        direction = {n: kernels.precondition(g, values[n], absolute) for n, g in gradient.items()}
+                gradient = query_gradient(model, parameters, batch, fresh, plan, masked, rows, function)
+        direction = {
+            n: kernels.precondition_(torch.zeros_like(values[n]), g, values[n], absolute, 1.0)
+            for n, g in gradient.items()
+        }
         length = _norm(direction)
         if not 0.0 < length < float("inf"):
             raise UserError(

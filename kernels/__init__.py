@@ -8,15 +8,18 @@ of ``torch.library``; ``normal``, ``launch``, ``table`` and ``gate`` serve them.
 """
 
 from attr_engine.kernels import reference
+from attr_engine.kernels.launch import fused
 from attr_engine.kernels.noised import noised
+from attr_engine.kernels.normal import noise
 from attr_engine.kernels.precondition import precondition_
 from attr_engine.kernels.project import project, projection
 from attr_engine.kernels.query_dot import query_dot, query_dot_low_rank
-from attr_engine.kernels.reference import mix, noise, per_draw_loss, philox, precondition, v_target
+from attr_engine.kernels.reference import mix, per_draw_loss, philox, precondition, v_target
 from attr_engine.kernels.squared_gradient import squared_gradient_
 from attr_engine.kernels.v_loss import v_loss
 
 __all__ = [
+    "fused",
     "mix",
     "noise",
     "noised",

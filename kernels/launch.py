@@ -64,6 +64,11 @@ def supported(device: torch.device) -> bool:
     return have_triton() and _capability(device.index or 0)[0] >= 8
 
 
+def fused(device: torch.device) -> bool:
+    """Whether noise is made again inside the kernels that need it, instead of being stored."""
+    return interpreting() if device.type != "cuda" else supported(device)
+
+
 @contextmanager
 def ieee(device: torch.device) -> Iterator[None]:
     """Float32 products in float32, whatever ``torch.set_float32_matmul_precision`` allows elsewhere."""

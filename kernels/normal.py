@@ -117,6 +117,26 @@ def noise_block(key: Tensor, first: int, count: int) -> Tensor:
     return radius.mul_(_folded(c1.bitwise_and_(low)).mul_(2.0 * math.pi).cos_()).float()
 
 
+def noise(keys: Tensor, channels: int, frames: int) -> Tensor:
+    """Noise of a few rows, stored: for a CPU, where making it again costs more than keeping it.
+
+    Args:
+        keys: int64 ``[B]``.
+        channels: C.
+        frames: F; ``C * F`` at most 2^32.
+
+    Returns:
+        float32 ``[B, C, F]`` on the device of ``keys``, bit for bit ``reference.noise``.
+    """
+    if channels * frames > 2**32:
+        raise ValueError(f"{channels} x {frames} elements are more than the 2^32 counters of one draw")
+    out = torch.empty(len(keys), frames, channels, device=keys.device)
+    for row, key in zip(out, keys, strict=True):
+        for begin, end in blocks(channels, frames):
+            row[begin:end] = noise_block(key, begin * channels, (end - begin) * channels).view(-1, channels)
+    return out.transpose(1, 2)
+
+
 def _folded(word: Tensor) -> Tensor:
     """``reference._uniform``: -x - 1 of a negative word is its complement, the smaller one of the two."""
     return torch.minimum(word, word ^ reference._LOW).double().mul_(4.6566127342e-10)

@@ -35,9 +35,10 @@ def make(seed: int) -> tuple[Any, Any, Any]:
 
 def small(**changes: Any) -> Any:
     """Settings with something to do in every stage."""
-    from attr_engine import Settings
+    from attr_engine import SCORE_FUNCTIONS, Settings
 
     values = {
+        "functions": tuple(SCORE_FUNCTIONS),
         "self_influence": ("t1", "t4"),
         "strengths": (1e-2, 1e-3),
         "layers": ("all",),

@@ -101,10 +101,16 @@ class Loop:
         n = item.valid if masked else item.latent.shape[1]
         return ((prediction[:, :n] - target[:, :n]) ** 2).mean()
 
-    def gradient(self, item: Item, purpose: str, draw: int, masked: bool) -> dict[str, np.ndarray]:
+    def squared_norm(self, item: Item, purpose: str, draw: int, masked: bool) -> torch.Tensor:
+        prediction, _ = self.rows(item, purpose, draw)
+        return (prediction[:, : item.valid if masked else item.latent.shape[1]] ** 2).mean()
+
+    def gradient(
+        self, item: Item, purpose: str, draw: int, masked: bool, function: str = "loss"
+    ) -> dict[str, np.ndarray]:
         for p in self.theta.values():
             p.grad = None
-        self.loss(item, purpose, draw, masked).backward()
+        getattr(self, function)(item, purpose, draw, masked).backward()
         return {
             n: np.zeros(p.shape) if p.grad is None else p.grad.numpy().copy() for n, p in self.theta.items()
         }
@@ -130,6 +136,7 @@ class Loop:
         draws: int,
         damping: float,
         masked: bool,
+        function: str = "loss",
     ) -> tuple["Loop", float]:
         """A loop at theta_q, and the learning rate of the first step."""
         other = Loop(self.model, self.plan)
@@ -138,7 +145,8 @@ class Loop:
         rates = []
         for k in range(steps):
             gradients = [
-                other.gradient(query, "update", d, masked) for d in range(k * draws, (k + 1) * draws)
+                other.gradient(query, "update", d, masked, function)
+                for d in range(k * draws, (k + 1) * draws)
             ]
             step = {
                 n: np.mean([g[n] for g in gradients], axis=0) / (fisher[n] + damping * mean_fisher)
@@ -170,11 +178,30 @@ class Loop:
                 out["displacement"].append(float(((after - before)[:, :n] ** 2).mean()))
         return {name: np.array(v).reshape(len(training), draws) for name, v in out.items()}
 
+    def influence(
+        self, other: "Loop", training: Sequence[Item], draws: int, masked: bool, function: str
+    ) -> np.ndarray:
+        """Per-draw inner products of the tracks' gradients with the way to ``other``, ``[N, D]``."""
+        delta = self.delta(other)
+        out = [
+            [
+                sum(
+                    float((g * delta[n]).sum())
+                    for n, g in self.gradient(item, "score", d, masked, function).items()
+                )
+                for d in range(draws)
+            ]
+            for item in training
+        ]
+        return np.array(out)
+
 
 SCORES: dict[str, Callable[[dict[str, np.ndarray]], np.ndarray]] = {
     "loss_change": lambda e: e["unlearned"] - e["base"],
     "skew": lambda e: (e["unlearned"] - e["base"]) / (e["unlearned"] + e["base"] + 1e-3),
     "displacement": lambda e: e["displacement"],
+    "influence": lambda e: e["influence loss"],
+    "norm_influence": lambda e: e["influence squared_norm"],
 }
 
 # What is asked for, and what it holds, said without patterns.

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from attr_engine import DrawPlan, UserError, fit_fisher
+from attr_engine.influence import row_dots
 from attr_engine.persample import Factors, add_squares, check_against_loop, per_sample_backward
 
 WIDTH, TOKENS = 6, 7
@@ -133,10 +134,15 @@ def test_squares_of_a_batch_are_those_of_single_rows(use, batch, seed, measured)
     net = USES[use]()
     model, parameters = Model(net, randn(batch, TOKENS, WIDTH)), dict(net.named_parameters())
     expected = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    directions = {name: randn(3, *p.shape) for name, p in parameters.items()}
+    dots = torch.zeros(batch, 3, dtype=torch.float64)
     for i in range(batch):
         number = model.objective(None, model.rows([i])).sum()
         for name, g in zip(parameters, torch.autograd.grad(number, list(parameters.values())), strict=True):
             expected[name] += g.square()
+            dots[i] += (directions[name] * g).reshape(3, -1).sum(dim=1)
+    found = row_dots(model, parameters, model.rows(range(batch)), directions, model.objective)
+    assert float((found - dots).norm() / dots.norm()) < 1e-11
     total, used = squares(model, parameters, range(batch))
     assert used == set(parameters)
     for name, want in expected.items():

@@ -24,6 +24,7 @@ from safetensors import safe_open
 
 import attr_engine
 from attr_engine import SCORE_FUNCTIONS, Attribution, Settings, UserError, attribute
+from attr_engine.diffusion import ROW_FUNCTIONS
 from attr_engine.pipeline import EFFECTS, FISHER, SCORES_CSV, SCORES_PARQUET
 from attr_engine.runs import open_run
 from attr_engine.tensorfile import load_tensors
@@ -93,7 +94,7 @@ def check_whole(folder: Path) -> None:
         elif path.suffix == ".parquet":
             Attribution.from_parquet(path)
         elif path.suffix == ".csv":
-            assert pyarrow.csv.read_csv(path).num_rows == 6 * 3 * 2 * 3
+            assert pyarrow.csv.read_csv(path).num_rows == 6 * 3 * 2 * 5
         else:
             raise AssertionError(f"unexpected file {path}")
 
@@ -118,8 +119,9 @@ def whole(process, seed, tmp_path) -> tuple[Path, dict[str, Any]]:
 
 
 # Forward passes of forks.small: a pass for each of 6 tracks, and 3 that compare the first with single rows; then 2 chunks a
-# gradient, one gradient a query and one a step after the first; then 2 chunks a unit, 1 + 6 times.
-FISHER_PASSES, UPDATE_PASSES, SCORE_PASSES = 9, 3 * 2 + 6 * 2, 3 * 2 * 7
+# gradient, one gradient a query and one a step after the first, of two functions; then 2 chunks a unit: theta_0, 6 updates,
+# 2 functions whose gradients meet all updates at once.
+FISHER_PASSES, UPDATE_PASSES, SCORE_PASSES = 9, 2 * (3 * 2 + 6 * 2), 3 * 2 * 9
 
 
 def test_the_stages_cost_what_they_should(whole):
@@ -179,8 +181,8 @@ def test_a_killed_run_does_not_begin_again(process, seed, tmp_path):
     out = tmp_path / "run"
     process.run(out=out, seed=seed, eager=True, die=["predict", 8])  # in the second draw of the fourth track
     process.run(out=out, seed=seed, eager=True, die=["predict", 6 + 5])  # in the second update
-    process.run(out=out, seed=seed, eager=True, die=["predict", UPDATE_PASSES - 2 + 15])  # in the second unit
-    assert process.run(out=out, seed=seed)["predict"] == SCORE_PASSES - 14
+    process.run(out=out, seed=seed, eager=True, die=["predict", UPDATE_PASSES - 2 + 19])  # in the second unit
+    assert process.run(out=out, seed=seed)["predict"] == SCORE_PASSES - 18
     assert process.run(out=out, seed=seed)["predict"] == 0
 
 
@@ -238,8 +240,8 @@ OTHER = {
     "self_influence": ("t1",), "layers": ("self_attn",), "functions": ("skew",), "strengths": (1e-2,), "unit": "lr",
     "steps": 1, "damping": 0.2, "mask_update": False, "mask_score": True, "mask_fisher": True, "fisher_draws": 4,
     "update_draws": 2, "score_draws": 4, "replicates": 1, "plan": "shared", "seed": 1, "dtype": "float64",
-    "device": "cuda", "rows": 4, "unit_tracks": 3, "threads": 1, "ema": False, "gradients": "loop", "model": "m", "weights": "w",
-    "data": "d", "queries": "q",
+    "device": "cuda", "rows": 4, "unit_tracks": 3, "threads": 1, "ema": False, "gradients": "loop", "memory": 1.0, "model": "m",
+    "weights": "w", "data": "d", "queries": "q",
 }  # fmt: skip
 PRESENTATION = {"keep_updates": True, "top": 3, "shares": "softmax", "title": "x"}
 
@@ -384,7 +386,7 @@ def test_the_result_is_in_the_directory_bit_for_bit(finished):
 def test_updates_are_kept_where_that_is_asked_for(seed, tmp_path):
     model, tracks, queries = forks.make(seed)
     attribute(model, tracks, queries, forks.small(keep_updates=True), tmp_path / "run")
-    assert len(list((tmp_path / "run" / "updates").iterdir())) == 6
+    assert len(list((tmp_path / "run" / "updates").iterdir())) == 2 * 6
 
 
 @pytest.mark.parametrize(
@@ -416,6 +418,9 @@ def test_the_whole_way_follows_the_formulas(kind, masks, seed, measured):
         item = next(i for i in (*items, *naive.items(queries, 10)) if i.id == query)
         other, _ = loop.unlearned(item, fisher, group, 6, strength, "size", 2, 4, 0.1, masks[0])
         effects = loop.effects(other, items, 2, masks[1])
+        for name in ROW_FUNCTIONS:
+            other, _ = loop.unlearned(item, fisher, group, 6, strength, "size", 2, 4, 0.1, masks[0], name)
+            effects[f"influence {name}"] = loop.influence(other, items, 2, masks[1], name)
         assert naive.relative_error(result.base, effects["base"].mean(axis=-1)) < 1e-12
         for name, function in naive.SCORES.items():
             worst = max(worst, naive.relative_error(result.values[name][u], function(effects).mean(axis=-1)))
@@ -434,8 +439,9 @@ def in_every_batch(
     for rows, unit in batches.items():
         order = rng.permutation(len(tracks)) if out else np.arange(len(tracks))
         settings = Settings(
-            replicates=2, fisher_draws=2, score_draws=2, update_draws=8, rows=rows, unit_tracks=unit
-        )
+            replicates=2, fisher_draws=2, score_draws=2, update_draws=8, rows=rows, unit_tracks=unit,
+            functions=tuple(SCORE_FUNCTIONS),
+        )  # fmt: skip
         folder = tmp_path / str(rows)
         result = attribute(model, tracks.subset(order), queries, settings, folder)
         back = np.argsort(order)

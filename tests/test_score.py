@@ -1,6 +1,7 @@
 """Losses, displacements and scores under an update against one forward a draw; and what the numbers mean."""
 
 import math
+from dataclasses import replace
 
 import helpers
 import naive
@@ -9,8 +10,10 @@ import pytest
 import torch
 
 from attr_engine import SCORE_FUNCTIONS, DrawPlan, UserError, fit_fisher, measure_effects, scores
-from attr_engine.diffusion import work_dtype
-from attr_engine.score import Effects, frame_effects
+from attr_engine.diffusion import ROW_FUNCTIONS, work_dtype
+from attr_engine.influence import measure_influence
+from attr_engine.models.protocol import select_parameters
+from attr_engine.score import FIRST_ORDER, Effects, frame_effects
 from attr_engine.unlearn import unlearn_query
 
 STABLE_AUDIO = [
@@ -28,19 +31,28 @@ def compare(model, rng, layers, plan, mask_update, mask_score, tracks=4, draws=4
     training = helpers.make_tracks(rng, tracks, model.channels, model.frames)
     queries = helpers.make_tracks(rng, 2, model.channels, model.frames, "q")
     fisher = fit_fisher(model, training, layers, plan, 2, mask_score)
-    updates = [
-        unlearn_query(model, queries, i, fisher, plan, tracks, draws=4, masked=mask_update) for i in range(2)
-    ]
+    updates = {
+        function: [
+            unlearn_query(
+                model, queries, i, fisher, plan, tracks, draws=4, masked=mask_update,
+                function=ROW_FUNCTIONS[function],
+            )
+            for i in range(2)
+        ]
+        for function in ROW_FUNCTIONS
+    }  # fmt: skip
+    loads = {name: [lambda u=u: u for u in held] for name, held in updates.items()}
     order = rng.permutation(tracks)
-    effects = measure_effects(
-        model,
-        training.batch(list(order), model.frames),
-        [lambda u=u: u for u in updates],
-        plan,
-        draws,
-        mask_score,
-        rows=int(rng.integers(1, 8)),
-    )
+    batch, rows = training.batch(list(order), model.frames), int(rng.integers(1, 8))
+    effects = measure_effects(model, batch, loads["loss"], plan, draws, mask_score, rows)
+    parameters = select_parameters(model, layers)
+    influence = {
+        name: measure_influence(
+            model, parameters, batch, held, plan, draws, mask_score, rows, ROW_FUNCTIONS[name]
+        )
+        for name, held in loads.items()
+    }
+    effects = replace(effects, influence=influence)
     loop = naive.Loop(model, plan)
     items = naive.items(training, model.frames)
     expected_fisher = loop.fisher(items, 2, mask_score)
@@ -48,7 +60,14 @@ def compare(model, rng, layers, plan, mask_update, mask_score, tracks=4, draws=4
     expected = []
     for query in naive.items(queries, model.frames):
         other, _ = loop.unlearned(query, expected_fisher, names, tracks, 1e-2, "size", 1, 4, 0.1, mask_update)
-        expected.append(loop.effects(other, [items[i] for i in order], draws, mask_score))
+        ordered = [items[i] for i in order]
+        expected.append(loop.effects(other, ordered, draws, mask_score))
+        for function in ROW_FUNCTIONS:
+            other, _ = loop.unlearned(
+                query, expected_fisher, names, tracks, 1e-2, "size", 1, 4, 0.1, mask_update, function
+            )
+            found = loop.influence(other, ordered, draws, mask_score, function)
+            expected[-1][f"influence {function}"] = found
     worst = {
         "base": naive.relative_error(effects.base, expected[0]["base"]),
         "unlearned": naive.relative_error(effects.unlearned, [e["unlearned"] for e in expected]),
@@ -67,6 +86,8 @@ def compare(model, rng, layers, plan, mask_update, mask_score, tracks=4, draws=4
             "loss_change": 1e-2 * effects.base.max(),
             "skew": 1e-2,
             "displacement": 0.3 * per_draw.max(),
+            "influence": 0.3 * np.abs(per_draw).max(),
+            "norm_influence": 0.3 * np.abs(per_draw).max(),
         }
         floor = losses[name] if work_dtype(model) == torch.float32 else 0.0
         for u in range(2):  # a strong query must not hide the error of a weak one
@@ -147,7 +168,7 @@ def test_an_update_of_nothing_scores_exactly_zero(setting):
     model, tracks, plan, (a, _) = setting
     zero = type(a)(a.query, 0.0, "size", {n: torch.zeros_like(v) for n, v in a.delta.items()}, 0.0, 0.0)
     effects = measure_effects(model, tracks.batch(range(5), model.frames), [lambda: zero], plan, 2)
-    for value, error in scores(effects, list(SCORE_FUNCTIONS), 2).values():
+    for value, error in scores(effects, [n for n in SCORE_FUNCTIONS if n not in FIRST_ORDER], 2).values():
         assert not value.any() and not error.any()
 
 
@@ -163,7 +184,8 @@ def test_frames_average_to_the_scores(setting):
 
 def test_larger_means_more_responsible():
     base = np.full((2, 1), 1.0)
-    effects = Effects(base, np.array([[[1.5], [1.1]]]), np.array([[[0.4], [0.1]]]))
+    moved = np.array([[[0.4], [0.1]]])
+    effects = Effects(base, np.array([[[1.5], [1.1]]]), moved, {"loss": moved, "squared_norm": moved})
     for name in SCORE_FUNCTIONS:
         value = scores(effects, [name], 1)[name][0]
         assert value[0, 0] > value[0, 1] > 0
@@ -176,3 +198,5 @@ def test_unusable_settings_are_refused_by_name(setting):
         measure_effects(model, batch, [lambda: a], plan, 3)
     with pytest.raises(UserError, match="'cosine'"):
         scores(measure_effects(model, batch, [lambda: a], plan, 2), ["cosine"], 2)
+    with pytest.raises(UserError, match="measure_influence"):
+        scores(measure_effects(model, batch, [lambda: a], plan, 2), ["norm_influence"], 2)

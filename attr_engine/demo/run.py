@@ -9,15 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
-from attr_engine import pipeline, progress, train
+from attr_engine import jobs, pipeline, progress, train
 from attr_engine.cli_options import print_top
 from attr_engine.demo.corpus import write_corpus
 from attr_engine.generate import generate
-from attr_engine.jobs import load_job
 from attr_engine.latents import LatentDataset
 from attr_engine.latents.audio import read_folder
 from attr_engine.latents.ingest import ingest_audio
 from attr_engine.latents.manifest import MANIFEST
+from attr_engine.load import load_job
 from attr_engine.models.autoencoder import BLOCK_NAME, Autoencoder, load_autoencoder
 from attr_engine.models.stable_audio import CONFIG_NAME, load_model
 from attr_engine.models.vocoder import fit_autoencoder
@@ -142,8 +142,8 @@ def run_demo(out: Path, full: bool = False, scale: Scale | None = None) -> Path:
 def _attribute(folder: Path, settings: Settings, start: float) -> Path:
     with open_run(folder, settings) as run:
         job = load_job(run)
-        pipeline.check(job)
-        _say(start, f"5/6 attributing: {pipeline.plan_of(job)} (about 3 min)")
+        jobs.check(job)
+        _say(start, f"5/6 attributing: {jobs.plan_of(job)} (about 3 min)")
         result = pipeline.run_job(job)
         _say(start, "6/6 writing the report")
         report = build_report(

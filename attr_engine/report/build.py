@@ -13,10 +13,11 @@ import torch
 from attr_engine import progress
 from attr_engine.errors import UserError
 from attr_engine.files import write_json, write_text
+from attr_engine.jobs import Job
 from attr_engine.latents.audio import SUFFIXES, read_audio
 from attr_engine.latents.batch import Tracks
 from attr_engine.latents.ingest import file_hash
-from attr_engine.pipeline import UPDATE_SETTINGS, Job, fisher_stage, update_stage
+from attr_engine.pipeline import UPDATE_SETTINGS, fisher_stage, update_stage
 from attr_engine.report.audio import encode_clip, waveform_peaks
 from attr_engine.report.data import Clip, QuerySection, Ranking, ReportData, Row, TrackInfo
 from attr_engine.report.page import write_report
@@ -135,7 +136,7 @@ def curves(job: Job, result: Attribution) -> dict[str, dict[str, np.ndarray]]:
         )
         top = [row.track for row in result.top(s.top, query.id, s.functions[0], s.strengths[0])]
         batch = job.tracks.batch([where[t] for t in top], job.model.frames)
-        effects = frame_effects(job.model, batch, update, job.plan, s.score_draws, s.rows)[function]
+        effects = frame_effects(job.model, batch, update, job.plan, s.score_draws, job.rows)[function]
         out[query.id] = {t: e[: int(n)] for t, e, n in zip(top, effects, batch.valid, strict=True)}
         index[query.id] = {t: f"{done}.{k}" for k, t in enumerate(top)}
         flat.update({index[query.id][t]: torch.as_tensor(e.copy()) for t, e in out[query.id].items()})

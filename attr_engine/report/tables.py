@@ -10,7 +10,7 @@ import numpy as np
 
 from attr_engine import evaluate
 from attr_engine.controls import control_scores
-from attr_engine.pipeline import Job, Query
+from attr_engine.jobs import Job, Query
 from attr_engine.report.data import Table
 from attr_engine.result import Attribution
 

@@ -15,8 +15,9 @@ import pytest
 import torch
 from helpers import ToyDenoiser, make_tracks
 
+from attr_engine.jobs import Job, make_queries
 from attr_engine.latents import LatentDataset, LatentWriter
-from attr_engine.pipeline import Job, make_queries, run_job
+from attr_engine.pipeline import run_job
 from attr_engine.report.build import build_report
 from attr_engine.runs import open_run
 from attr_engine.settings import Settings
