@@ -17,7 +17,7 @@ needs_triton = pytest.mark.skipif(
 
 @pytest.mark.slow
 @needs_triton
-@pytest.mark.parametrize("name", ["check_layers", "check_rows"])
+@pytest.mark.parametrize("name", ["check_layers", "check_rows", "check_engine"])
 def test_the_kernels_in_the_interpreter(name, record_property):
     process = subprocess.run(
         [
@@ -36,7 +36,7 @@ def test_the_kernels_in_the_interpreter(name, record_property):
     )
     assert process.returncode == 0, process.stdout[-8000:] + process.stderr[-2000:]
     passed = re.search(r"(\d+) passed", process.stdout)
-    assert passed and int(passed[1]) > 10 and "skipped" not in process.stdout
+    assert passed and int(passed[1]) >= 10 and "skipped" not in process.stdout
     record_property("passed in the interpreter", int(passed[1]))
 
 
