@@ -12,7 +12,7 @@ CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/test/*.h csrc/test/*.cpp)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint format asan tsan sanitize fuzz clean distclean
+.PHONY: help venv demo test gate gpu lint format asan tsan sanitize fuzz clean distclean
 
 help:  ## list the targets
 	@echo "attr_engine: which training tracks made this piece?"
@@ -38,6 +38,12 @@ test: venv  ## style, types and tests, as the continuous integration runs them
 	@$(BIN)/mypy
 	@echo "[4/4] pytest, two processes (about 4 min left)"
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2
+
+gate: venv  ## compile every shipped kernel for three GPU architectures, without a GPU, and print the table (1 min)
+	@$(BIN)/python -m attr_engine.kernels.gate
+
+gpu: venv  ## the tests that need a GPU
+	@$(BIN)/python -m pytest -m gpu -rs
 
 lint: venv  ## style and types without the tests, and clang-format and clang-tidy for csrc (2 min)
 	@$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The kernels on a GPU: ``python -m pytest tests/kernels/test_gpu.py``. Skipped where there is none."""
+"""The kernels on a GPU. ``python -m pytest -m gpu`` collects what needs one; it is skipped where there is none."""
 
 from importlib import import_module
 
@@ -11,9 +11,12 @@ from attr_engine.kernels import launch, table
 
 squares = import_module("attr_engine.kernels.squared_gradient")
 dots = import_module("attr_engine.kernels.query_dot")
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or not launch.have_triton(), reason="needs a GPU and Triton"
-)
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or not launch.have_triton(), reason="needs a GPU and Triton"
+    ),
+]
 SHAPES = [(1, 1, 5, 7), (2, 100, 1536, 768), (5, 333, 200, 136), (2, 2585, 1536, 1536), (3, 600, 130, 257)]
 
 
