@@ -36,7 +36,7 @@ def load_job(run: Run) -> Job:
         raise UserError(
             f"device {s.device!r} cannot be used ({str(error).splitlines()[0]}): use --device cpu"
         ) from error
-    model = load_model(s.model, s.weights or None, s.dtype, s.device, s.ema)
+    model = load_model(s.model, s.weights or None, s.dtype, s.device, s.ema, s.checkpointing, s.compile)
     tracks = LatentDataset(s.data)
     queries = [_load_queries(run, model, Path(path)) for path in s.queries]
     return Job(run, model, tracks, make_queries(tracks, queries, s.self_influence))

@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
 from attr_engine import kernels
 from attr_engine.diffusion import Noised, RowFunction, losses, work_dtype
@@ -95,7 +96,13 @@ def per_sample_backward(
     uses = Uses(parameters, len(rows.t), sink)
     with torch.enable_grad(), uses:
         total = function(model, rows).sum()
-    total.backward()
+    try:
+        total.backward()
+    except CheckpointError as error:
+        raise UserError(
+            "the model computes activations again in its backward pass, where per-sample gradients of a batch cannot watch it: "
+            "turn --checkpointing off, or use --gradients loop"
+        ) from error
     return uses.finish()
 
 

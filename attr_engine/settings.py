@@ -73,6 +73,15 @@ class Settings:
         "per-sample gradients of the Fisher: a batch of rows in one backward pass, or one row after the other",
         ("batch", "loop"),
     )
+    checkpointing: bool = _option(
+        False,
+        "compute activations again in backward passes: less memory, a third more arithmetic; needs --gradients loop",
+    )
+    compile: str = _option(
+        "off",
+        "forward passes of scoring through torch.compile (about a minute at first), or with CUDA graphs for small models",
+        ("off", "forward", "graphs"),
+    )
     unit_tracks: int = _option(16, "tracks in one durable unit of scoring")
     threads: int = _option(
         0, "CPU threads (0: torch's default); results are repeatable for one number of threads"

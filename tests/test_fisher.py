@@ -10,6 +10,9 @@ import torch
 
 from attr_engine import DrawPlan, UserError, fit_fisher
 from attr_engine.fisher import Fisher
+from attr_engine.memory import peak_bytes
+from attr_engine.models.protocol import select_parameters
+from attr_engine.unlearn import query_gradient
 
 STABLE_AUDIO = [
     ("v", "prepend", 1),
@@ -68,6 +71,30 @@ def test_fisher_of_a_stable_audio_model(objective, global_cond, patch, dtype, se
     worst = compare(model, tracks, ("all",), DrawPlan(seed, "track", 2), 2, masked, dtype)
     measured("relative_error", worst)
     assert worst < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("global_cond", ["prepend", "adaLN"])
+def test_activations_computed_again_change_nothing_but_the_memory(global_cond, seed, rng, measured):
+    pytest.importorskip("stable_audio_tools")
+    model = helpers.tiny_stable_audio(seed, torch.float64, global_cond=global_cond, depth=3)
+    tracks, plan = helpers.make_tracks(rng, 3, model.channels, model.frames), DrawPlan(seed, replicates=2)
+    plain = fit_fisher(model, tracks, ("all",), plan, 2, gradients="loop")
+    most = peak_bytes(lambda: query_gradient(*gradient_of(model, tracks, plan)), torch.device("cpu"))
+    model._checkpointing = True
+    again = fit_fisher(model, tracks, ("all",), plan, 2, gradients="loop")
+    worst = max(naive.relative_error(again.values[n], v) for n, v in plain.values.items())
+    measured("relative_error", worst)
+    assert worst < 1e-12
+    peak = peak_bytes(lambda: query_gradient(*gradient_of(model, tracks, plan)), torch.device("cpu"))
+    measured("peak, of the plain one", peak / most)
+    assert peak < most
+    with pytest.raises(UserError, match="--gradients loop"):
+        fit_fisher(model, tracks, ("all",), plan, 2)
+
+
+def gradient_of(model, tracks, plan):
+    batch = tracks.batch([0], model.frames)
+    return model, select_parameters(model, ("all",)), batch, range(16), plan, True, 16
 
 
 def test_the_mask_decides_what_padding_does(seed, rng):

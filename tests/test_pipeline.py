@@ -241,7 +241,7 @@ OTHER = {
     "steps": 1, "damping": 0.2, "mask_update": False, "mask_score": True, "mask_fisher": True, "fisher_draws": 4,
     "update_draws": 2, "score_draws": 4, "replicates": 1, "plan": "shared", "seed": 1, "dtype": "float64",
     "device": "cuda", "rows": 4, "unit_tracks": 3, "threads": 1, "ema": False, "gradients": "loop", "memory": 1.0, "model": "m",
-    "weights": "w", "data": "d", "queries": "q",
+    "checkpointing": True, "compile": "forward", "weights": "w", "data": "d", "queries": "q",
 }  # fmt: skip
 PRESENTATION = {"keep_updates": True, "top": 3, "shares": "softmax", "title": "x"}
 
