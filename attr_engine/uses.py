@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +66,8 @@ class Uses(TorchFunctionMode):
         self._names = {id(p): name for name, p in parameters.items()}
         self._parameters, self._batch, self._sink = dict(parameters), batch, sink
         # Makes autograd visit layers whose input needs no gradient.
-        self._anchor = torch.zeros((), requires_grad=True)
+        device = next(iter(parameters.values())).device if parameters else None
+        self._anchor = torch.zeros((), requires_grad=True, device=device)
         self._leaves: dict[str, Tensor] = {}
         self._expected: dict[str, int] = {}
         self._found: dict[str, list[Factors | Tensor]] = {}
@@ -77,6 +78,8 @@ class Uses(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if _only_values(args) and (not kwargs or _only_values(kwargs.values())):
+            return func(*args, **(kwargs or {}))  # most calls: nothing to look at any closer
         kwargs = kwargs or {}
         flat, spec = pytree.tree_flatten((args, dict(kwargs)))
         if not any(isinstance(x, nn.Parameter | _Derived) for x in flat):
@@ -89,6 +92,8 @@ class Uses(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in _LAYERS and self._plain(flat):
             return self._layer(_LAYERS[func], *args, **kwargs)
+        if func in _NORMS and self._plain(flat):
+            return self._norm(*args, **kwargs)
         try:
             return self._mapped(func, flat, spec)
         except Exception as error:
@@ -168,12 +173,31 @@ class Uses(TorchFunctionMode):
         *rest: Any,
         **named: Any,
     ) -> Tensor:
+        use = self._use(x, weight, bias)
+        plain = (weight.detach(), None if bias is None else bias.detach())
+        return kind.apply(x, *plain, self._anchor.to(x.device), use, *_settings(kind, rest, named))
+
+    def _norm(
+        self,
+        x: Tensor,
+        shape: Sequence[int],
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+        *_: Any,
+    ) -> Tensor:
+        use = self._use(x, weight, bias)
+        plain = [None if p is None else p.detach() for p in (weight, bias)]
+        return _LayerNorm.apply(x, *plain, self._anchor.to(x.device), use, list(shape), eps)
+
+    def _use(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> _Use:
+        """Book one use of a weight and a bias by a layer with the input ``x``."""
+        names = [self._names[id(p)] if self._tracked(p) else None for p in (weight, bias)]
         if x.shape[0] % self._batch:
             raise UserError(
-                f"{self._name(weight) if self._tracked(weight) else self._name(bias)} sees an input of shape {list(x.shape)}, whose "
+                f"{names[0] or names[1]} sees an input of shape {list(x.shape)}, whose "
                 f"first axis is not the batch of {self._batch} rows: use --gradients loop"
             )
-        names = [self._names[id(p)] if self._tracked(p) else None for p in (weight, bias)]
         for name in names:
             if name is not None:
                 self._expected[name] = self._expected.get(name, 0) + 1
@@ -183,9 +207,7 @@ class Uses(TorchFunctionMode):
                 if name is not None and gradient is not None:
                     self._book(name, gradient)
 
-        use = _Use(self._batch, names[0] is not None, names[1] is not None, found)
-        plain = (weight.detach(), None if bias is None else bias.detach())
-        return kind.apply(x, *plain, self._anchor.to(x.device), use, *_settings(kind, rest, named))
+        return _Use(self._batch, names[0] is not None, names[1] is not None, found)
 
     # -- backward -----------------------------------------------------------------------------------
 
@@ -284,6 +306,37 @@ class _Conv1d(torch.autograd.Function):
         return (gx, *[None] * 8)
 
 
+class _LayerNorm(torch.autograd.Function):
+    """A layer norm that keeps nothing but its input, and books the gradients of its gain and bias row by row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, anchor: Tensor, use: _Use, shape: list[int],
+        eps: float,
+    ) -> Tensor:  # fmt: skip
+        out, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.use, ctx.shape, ctx.eps = use, shape, eps
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        use, shape = ctx.use, ctx.shape
+        rows = (use.batch, -1, *shape)
+        gain = None
+        if use.weight:  # mean and rstd may be kept in 16 bits: normalised again, in the work dtype
+            wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+            normal = torch.native_layer_norm(x.to(wide), shape, None, None, ctx.eps)[0]
+            gain = normal.mul_(g).reshape(rows).sum(dim=1)
+        use.found(gain, g.reshape(rows).sum(dim=1) if use.bias else None)
+        gx = None
+        if ctx.needs_input_grad[0]:
+            wanted = [True, False, False]
+            gx = torch.ops.aten.native_layer_norm_backward(g, x, shape, mean, rstd, weight, bias, wanted)[0]
+        return (gx, *[None] * 6)
+
+
 def _settings(kind: type, rest: Sequence[Any], named: Mapping[str, Any]) -> list[int]:
     """Stride, padding, dilation and groups of a convolution, as numbers; nothing for a Linear."""
     if kind is _Linear:
@@ -303,6 +356,25 @@ _LAYERS: dict[Any, type[torch.autograd.Function]] = {
     F.conv1d: _Conv1d,
     torch.conv1d: _Conv1d,
 }
+_NORMS = {F.layer_norm, torch.layer_norm}
+_VALUES = {Tensor, int, float, str, bool, type(None), torch.dtype, torch.device, torch.Size}
+
+
+def _only_values(values: Iterable[Any]) -> bool:
+    """Whether there is surely no parameter among the arguments of a call, nor anything that was computed from one."""
+    for x in values:
+        kind = type(x)
+        if kind in _VALUES:
+            continue
+        if kind is slice:
+            x = (x.start, x.stop, x.step)
+        elif kind is not tuple and kind is not list:
+            return False
+        if not _only_values(x):
+            return False
+    return True
+
+
 # Looking at a parameter does not use it.
 _PROPERTIES = {
     getattr(Tensor, name).__get__

@@ -1,204 +1,254 @@
-"""What does a Fisher pass cost next to a plain forward + backward pass, and next to other ways?
+"""What does a diagonal Fisher cost, next to a plain backward pass, to the loop over single rows and to other libraries?
 
-One batch of rows through a stable-audio-tools DiT, in one run, alternating: a plain forward + backward pass of the
-summed loss, the engine's per-sample squares in one backward pass, the loop over single rows, and ``torch.func.vmap`` of
-``torch.func.grad``. Every way is first compared with the loop in the same precision. Writes
-``bench/results/fisher.json`` and prints a table::
-
-    python bench/fisher.py --tokens 128 512 1024 --width 512
+``python bench/fisher.py --peers`` writes bench/results/fisher.json and prints a Markdown table; bench/README.md
+says how to read them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import resource
-import statistics
-import subprocess
+import math
 import sys
-import time
-from collections.abc import Callable
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+import fisher_client as client
+import fisher_report as report
+import stream_report
 
-from attr_engine.persample import add_squares, per_sample_backward
-
-ROOT = Path(__file__).resolve().parent.parent
-CHANNELS = 64
-WAYS = ("backward", "engine", "loop", "vmap")
-
-
-class Case:
-    """A DiT with random weights, none of them zero, and a batch of random rows."""
-
-    def __init__(self, tokens: int, width: int, depth: int, batch: int) -> None:
-        from attr_engine.models.stable_audio import quiet
-
-        with quiet():
-            from stable_audio_tools.models.dit import DiffusionTransformer
-
-        torch.manual_seed(0)
-        self.module = DiffusionTransformer(
-            io_channels=CHANNELS, embed_dim=width, depth=depth, num_heads=width // 64, cond_token_dim=64,
-            global_cond_dim=64, project_cond_tokens=False, transformer_type="continuous_transformer",
-        ).eval()  # fmt: skip
-        with torch.no_grad():
-            for p in self.module.parameters():
-                if not p.any():
-                    p.normal_(std=0.02)
-        self.parameters: dict[str, nn.Parameter] = dict(self.module.named_parameters())
-        shape = (batch, CHANNELS, tokens)
-        self.rows = (torch.randn(shape), torch.rand(batch), torch.randn(batch, 4, 64), torch.randn(batch, 64),
-                     torch.randn(shape))  # fmt: skip
-
-    def loss(self, rows: tuple[Tensor, ...], weights: dict[str, Tensor] | None = None) -> Tensor:
-        """Mean squared error of each row, ``[B]``."""
-        x, t, cross, glob, target = rows
-        options = {"cross_attn_cond": cross, "global_embed": glob, "use_checkpointing": False}
-        if weights is None:
-            out = self.module._forward(x, t, **options)
-        else:
-            out = torch.func.functional_call(
-                _Forward(self.module), {f"m.{k}": v for k, v in weights.items()}, (x, t), options
-            )
-        return (out - target).square().mean(dim=(1, 2))
-
-    def zeros(self) -> dict[str, Tensor]:
-        return {name: torch.zeros_like(p) for name, p in self.parameters.items()}
-
-    # -- the ways: each returns the sum over rows of squared gradients -----------------------------
-
-    def backward(self) -> dict[str, Tensor]:
-        """A plain pass: what training costs. Its result is not the Fisher."""
-        grads = torch.autograd.grad(self.loss(self.rows).sum(), list(self.parameters.values()))
-        return dict(zip(self.parameters, grads, strict=True))
-
-    def engine(self) -> dict[str, Tensor]:
-        total = self.zeros()
-        per_sample_backward(
-            SimpleNamespace(module=self.module), self.parameters, SimpleNamespace(t=self.rows[1]),  # type: ignore[arg-type]
-            lambda name, gradient: add_squares(total[name], gradient), lambda *_: self.loss(self.rows),
-        )  # fmt: skip
-        return total
-
-    def loop(self) -> dict[str, Tensor]:
-        total = self.zeros()
-        for b in range(len(self.rows[1])):
-            row = tuple(x[b : b + 1] for x in self.rows)
-            grads = torch.autograd.grad(self.loss(row).sum(), list(self.parameters.values()))
-            for value, g in zip(total.values(), grads, strict=True):
-                value.addcmul_(g, g)
-        return total
-
-    def vmap(self) -> dict[str, Tensor]:
-        weights = {name: p.detach() for name, p in self.parameters.items()}
-
-        def one(w: dict[str, Tensor], *row: Tensor) -> Tensor:
-            return self.loss(tuple(x[None] for x in row), w).sum()
-
-        grads = torch.func.vmap(torch.func.grad(one), in_dims=(None, 0, 0, 0, 0, 0))(weights, *self.rows)
-        return {name: g.square().sum(dim=0) for name, g in grads.items()}
+OURS = ("backward", "engine", "loop", "vmap")
+# The distribution that each peer needs.
+PEERS = {"opacus": "opacus", "backpack": "backpack-for-pytorch", "backpack BatchGrad": "backpack-for-pytorch",
+         "kronfluence": "kronfluence", "kronfluence, no files": "kronfluence"}  # fmt: skip
+ONE = ("engine", "loop")
+# Largest difference from the loop in float64 that counts as the same: per parameter, norm over norm.
+TOLERANCE = 1e-5
+# Seconds of a turn, in which a short run is repeated: what ran before leaves cold caches to the first.
+TURN = 0.3
+Size = dict[str, int]
 
 
-class _Forward(nn.Module):
-    def __init__(self, m: nn.Module) -> None:
-        super().__init__()
-        self.m = m
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.m._forward(*args, **kwargs)
-
-
-def error(found: dict[str, Tensor], want: dict[str, Tensor]) -> float:
-    """Largest relative error of a parameter's sum of squares."""
-    return max(float((found[n] - want[n]).double().norm() / want[n].double().norm()) for n in want)
-
-
-def measure(args: argparse.Namespace, tokens: int) -> dict[str, Any]:
-    """All ways at one length."""
-    case = Case(tokens, args.width, args.depth, args.batch)
-    ways: dict[str, Callable[[], dict[str, Tensor]]] = {name: getattr(case, name) for name in args.ways}
-    want = case.loop()
-    out: dict[str, Any] = {
-        "tokens": tokens,
-        "parameters": sum(p.numel() for p in case.parameters.values()),
-        "ways": {},
-    }
-    for name, way in list(ways.items()):
-        row: dict[str, Any] = {"error": None if name == "backward" else error(way(), want), "seconds": []}
-        row["right"] = name == "backward" or row["error"] < 1e-4
-        out["ways"][name] = row
-    for _ in range(args.repeat):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            way()
-            out["ways"][name]["seconds"].append(time.perf_counter() - start)
-    for name, row in out["ways"].items():
-        row["median"] = statistics.median(row["seconds"])
-        row["peak_mb"] = peak(args, tokens, name)
-    return out
+def main() -> int:
+    """Measure, write, print; 1 where the engine itself was wrong or failed."""
+    args = _arguments()
+    if args.table:
+        print(report.markdown(json.loads(args.table.read_text())))
+        return 0
+    with tempfile.TemporaryDirectory(prefix="attr-engine-bench-") as folder:
+        result = measure(args, Path(folder))
+    stream_report.write(result, args.out)
+    print(report.markdown(result))
+    ours = [row for case in result["cases"] for row in case["rows"] if row["way"].startswith("engine")]
+    return 1 if any(row["status"] != "ok" for row in ours) else 0
 
 
-def peak(args: argparse.Namespace, tokens: int, way: str) -> float:
-    """Peak resident megabytes of a process that runs one way once, above those of one that only builds the model."""
-
-    def run(which: str) -> float:
-        command = [sys.executable, __file__, "--one", which, "--tokens", str(tokens), "--width", str(args.width),
-                   "--depth", str(args.depth), "--batch", str(args.batch), "--threads", str(args.threads)]  # fmt: skip
-        return float(
-            subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
-        )
-
-    return run(way) - run("none")
-
-
-def main() -> None:
-    """Parse, measure, print, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[64, 512, 1024, 2048], help="latent frames")
+    parser.add_argument("--width", type=int, default=512, help="of the DiT, a multiple of 64 (default 512)")
+    parser.add_argument("--depth", type=int, default=2, help="layers (default 2)")
+    parser.add_argument("--batch", type=int, default=4, help="rows (default 4)")
+    parser.add_argument("--threads", type=int, default=2, help="of torch (default 2)")
+    parser.add_argument(
+        "--repeat", type=int, default=7, help="rounds in which every way runs once (default 7)"
     )
-    parser.add_argument("--tokens", type=int, nargs="+", default=[128, 512, 1024])
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--depth", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
-    parser.add_argument("--out", default=str(ROOT / "bench" / "results" / "fisher.json"))
-    parser.add_argument("--one", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--ways", nargs="+", choices=(*OURS, *PEERS), default=[*OURS, *PEERS])
+    parser.add_argument("--no-batch-one", action="store_true", help="leave out the memory at a batch of 1")
+    parser.add_argument("--no-memory", action="store_true", help="leave out all memory")
+    parser.add_argument("--quick", action="store_true", help="one small case: does everything run?")
+    parser.add_argument("--peers", action="store_true",
+                        help="install the peers into bench/.venv-fisher-peers if they are not there yet")  # fmt: skip
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "fisher.json")
+    parser.add_argument(
+        "--table", type=Path, metavar="JSON", help="print the tables of an earlier run, and no more"
+    )
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    if args.one:
-        case = Case(args.tokens[0], args.width, args.depth, args.batch)
-        if args.one != "none":
-            getattr(case, args.one)()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-        return
-    results = [measure(args, tokens) for tokens in args.tokens]
-    print("| tokens | way | time / backward | time / loop | peak MB | error |\n|---|---|---|---|---|---|")
-    for result in results:
-        ways = result["ways"]
-        for name, row in ways.items():
-            ratios = [row["median"] / ways[base]["median"] for base in ("backward", "loop") if base in ways]
-            shown = " | ".join(f"{ratio:.2f}" for ratio in ratios)
-            wrong = "" if row["right"] else " WRONG"
-            fault = "" if row["error"] is None else f"{row['error']:.1e}"
-            print(f"| {result['tokens']} | {name}{wrong} | {shown} | {row['peak_mb']:.0f} | {fault} |")
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT
-    ).stdout.strip()
-    system = f"{platform.system()} {platform.release().split('-')[0]} {platform.machine()}"
-    environment = {"commit": commit, "torch": torch.__version__, "python": platform.python_version(), "system": system,
-                   "cpus": os.cpu_count(), "settings": vars(args)}  # fmt: skip
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(args.out).write_text(json.dumps({"environment": environment, "results": results}, indent=2) + "\n")
+    if args.quick:
+        args.tokens, args.width, args.depth, args.batch, args.repeat = [64], 128, 1, 4, 5
+    if (
+        args.width % 64
+        or min(args.threads, args.repeat, args.depth, args.batch, args.width, *args.tokens) < 1
+    ):
+        parser.error("--width must be a multiple of 64, and every number more than 0")
+    return args
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """All cases, in one run."""
+    environment = report.environment()
+    failed = client.PEERS.install() if args.peers else {}
+    for name, reason in failed.items():
+        say(f"{name} was not installed: {reason}")
+    bench = Bench(args, work, failed)
+    try:
+        cases = [bench.case(tokens) for tokens in args.tokens]
+    finally:
+        bench.close()
+    settings = {
+        name: getattr(args, name) for name in ("tokens", "width", "depth", "batch", "threads", "repeat")
+    }
+    return {
+        "question": "what does a diagonal Fisher cost, next to a plain backward pass, the loop and other libraries?",
+        "environment": environment | {"peer_versions": client.PEERS.versions()},
+        "settings": settings | {"dtype": "float32", "ways": args.ways},
+        "error": {"is": "norm of the difference from the float64 loop over single rows over its norm, the largest of all "
+                        "parameters that are covered", "below": TOLERANCE},
+        "cases": cases,
+        "criteria": report.criteria(cases),
+    }  # fmt: skip
+
+
+class Bench:
+    """The processes of all ways, and what is asked of them.
+
+    Args:
+        args: the settings.
+        work: a folder for the reference and for logs.
+        failed: requirements that could not be installed, with the reason.
+    """
+
+    def __init__(self, args: argparse.Namespace, work: Path, failed: dict[str, str]) -> None:
+        self._args, self._work, self._failed = args, work, failed
+        self._running: dict[str, client.Worker] = {}
+
+    def close(self) -> None:
+        """End every process."""
+        for worker in self._running.values():
+            worker.close()
+
+    def case(self, tokens: int) -> report.Result:
+        """Everything at one length."""
+        args = self._args
+        size = {"tokens": tokens, "width": args.width, "depth": args.depth, "batch": args.batch}
+        say(f"{tokens} tokens: the reference")
+        for way in args.ways:
+            self._worker(way, way)
+        elements = self._alone("reference", "reference", size).get("elements")
+        if elements is None:
+            raise SystemExit("the loop in float64 failed: is stable-audio-tools installed?")
+        rows = [self._check(way, way, size, elements) for way in args.ways]
+        rows += self._same_coverage(rows, size, elements)
+        self._take_turns(rows, size)
+        report.summarize(rows)
+        if not args.no_memory:
+            # Memory is no matter of time; more than one at once only where all are small.
+            with ThreadPoolExecutor(2 if args.quick else 1) as pool:
+                list(pool.map(lambda row: self._peak(row, size), rows))
+        one = {} if args.no_memory or args.no_batch_one else self._batch_one(size)
+        for row in rows:
+            del row["of"], row["names"]
+        parameters = {"parameters": sum(elements.values()), "tensors": len(elements)}
+        return {**size, **parameters, "rows": rows, "batch_one": one}
+
+    def _worker(self, name: str, way: str) -> client.Worker:
+        if name not in self._running:
+            self._running[name] = client.Worker(way, way in PEERS, self._args.threads, self._work)
+        return self._running[name]
+
+    def _alone(self, way: str, question: str, size: Size, only: Sequence[str] = ()) -> dict[str, Any]:
+        """Ask in a process of its own, which ends after the answer."""
+        worker = client.Worker(way, way in PEERS, self._args.threads, self._work, exact=question == "peak")
+        try:
+            return worker.do(question, size, only)
+        finally:
+            worker.close()
+
+    def _check(
+        self, name: str, way: str, size: Size, elements: dict[str, int], only: Sequence[str] = ()
+    ) -> report.Row:
+        """A row with its coverage and its error; not ``ok`` where it failed or is wrong."""
+        say(f"{size['tokens']} tokens: checking {name}")
+        answer = self._worker(name, way).do("check", size, only)
+        row: report.Row = {
+            "way": name,
+            "of": way,
+            "names": list(only),
+            "status": "ok",
+            "times": 1,
+            "seconds": [],
+        }
+        if "errors" not in answer:
+            row["status"] = "missing" if "missing" in answer else "failed"
+            reason = stream_report.plain(answer[row["status"]])
+            if row["status"] == "missing":
+                reason += f": {self._failed.get(PEERS.get(way, ''), 'run with --peers')}"
+            return row | {"reason": reason}
+        errors: dict[str, float] | None = answer["errors"]
+        if errors is None:
+            return row
+        row["names"] = list(errors)
+        row["covered"] = {
+            "tensors": len(errors), "of_tensors": len(elements),
+            "parameters": sum(elements[name] for name in errors), "of_parameters": sum(elements.values()),
+        }  # fmt: skip
+        row["not_covered"] = [name for name in elements if name not in errors]
+        row["full"] = not row["not_covered"]
+        wrong = [name for name, error in errors.items() if not error < TOLERANCE]
+        worst = max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])
+        row["error"], row["error_of"] = errors[worst], worst
+        if wrong:
+            row["status"] = "wrong"
+            row["reason"] = f"{len(wrong)} of {len(errors)} parameters differ from the loop, most {worst}"
+        return row
+
+    def _same_coverage(
+        self, rows: list[report.Row], size: Size, elements: dict[str, int]
+    ) -> list[report.Row]:
+        """The engine again, on what a peer covers that does not cover all."""
+        out: dict[tuple[str, ...], report.Row] = {}
+        if all(row["way"] != "engine" for row in rows):
+            return []
+        for row in rows:
+            if row["status"] != "ok" or row.get("full", True):
+                continue
+            covered = tuple(name for name in elements if name in set(row["names"]))
+            if covered not in out:
+                name = f"engine, on what {row['way']} covers"
+                out[covered] = self._check(name, "engine", size, elements, covered)
+            row["same_coverage"] = out[covered]["way"]
+        return list(out.values())
+
+    def _take_turns(self, rows: list[report.Row], size: Size) -> None:
+        """Every way in turn, once uncounted and then as often as asked for; one that breaks is failed and left out."""
+        for repetition in range(self._args.repeat + 1):
+            say(f"{size['tokens']} tokens: " + (f"round {repetition}" if repetition else "warming up"))
+            for row in reversed(rows) if repetition % 2 else rows:
+                if row["status"] != "ok":
+                    continue
+                answer = self._worker(row["way"], row["of"]).do("run", size, times=row["times"])
+                if "seconds" not in answer:
+                    reason = answer.get("failed", "it gave no answer")
+                    row.update(status="failed", reason=stream_report.plain(reason), seconds=[])
+                elif repetition:
+                    row["seconds"].append(answer["seconds"])
+                else:
+                    row["times"] = max(1, min(50, math.ceil(TURN / answer["seconds"])))
+
+    def _peak(self, row: report.Row, size: Size) -> None:
+        if row["status"] != "ok":
+            return
+        say(f"{size['tokens']} tokens: memory of {row['way']}")
+        only = row["names"] if row["of"] == "engine" else ()
+        answer = self._alone(row["of"], "peak", size, only)
+        if "peak_mb" in answer:
+            row["peak_mb"], row["peak_from"] = round(answer["peak_mb"], 2), answer["how"]
+        else:
+            row["peak_failed"] = stream_report.plain(answer.get("failed", answer.get("missing", "")))
+
+    def _batch_one(self, size: Size) -> dict[str, Any]:
+        """Peak memory with a single row."""
+        say(f"{size['tokens']} tokens: memory at a batch of 1")
+        answers = {way: self._alone(way, "peak", {**size, "batch": 1}) for way in ONE}
+        return {way: answer.get("peak_mb") for way, answer in answers.items()}
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -134,7 +134,7 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     return {
         "question": "how fast are latents streamed, next to the limit of the machine and to the peers?",
         "command": command,
-        "environment": environment | {"peer_versions": client.versions() if "peers" in args.only else {}},
+        "environment": environment | {"peer_versions": client.PEERS.versions() if "peers" in args.only else {}},
         "threads": args.threads,
         "repetitions": args.repetitions,
         "data": {
@@ -219,7 +219,7 @@ def _peers(
     running: list[client.Running],
 ) -> None:  # fmt: skip
     """Start every peer, let it write its format and pass its check."""
-    failed = client.install() if args.peers else {}
+    failed = client.PEERS.install() if args.peers else {}
     for name, reason in failed.items():
         say(f"{name} was not installed: {reason}")
     for peer in client.ALL:

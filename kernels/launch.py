@@ -9,6 +9,7 @@ implementation: that is for tests, it is slow.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ TRITON_TYPES = {
 }
 BUDGET = 240  # registers a thread may have: 8 warps of them fit a multiprocessor's 65536, with some to spare
 WORKSPACE_TILES = 4096  # of all parts together: 256 MiB of 128 x 128 tiles
+# Lengths and counts: a value of 1, or a multiple of 16, must not cause a compilation of its own.
+_UNSPECIALISED = ("samples", "each", "queries", "tokens", "frames")
 INTERPRETED_PROCESSORS = 4  # so that small shapes are split over the batch in the interpreter too
 
 
@@ -121,7 +124,8 @@ class jit:  # noqa: N801 - stands where ``triton.jit`` would
 
             names = self.function.__globals__
             names["triton"], names["tl"] = triton, tl
-            self._compiled = triton.jit(self.function)
+            sizes = [name for name in _UNSPECIALISED if name in inspect.signature(self.function).parameters]
+            self._compiled = triton.jit(self.function, do_not_specialize=sizes)
             for name, value in list(names.items()):
                 if isinstance(value, jit):  # Triton has to find its own kind when one kernel calls another
                     names[name] = value.get()

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 CPU_SCRATCH = 2**20  # elements of the gradients that the CPU holds at a time: 4 MiB in float32
 GPU_SCRATCH = 2**26  # the same for the path of many directions on a GPU: 256 MiB
+PIECE = 2**14  # numbers of a product that are added in the work dtype
 MANY = 32  # from here on a GPU multiplies a chunk of gradients with all directions as one product (counted)
 
 
@@ -204,11 +205,20 @@ def run_products(g: Tensor, a: Tensor, deltas: Tensor, scratch: int) -> Tensor:
                 product = torch.bmm(left.to(work), right.to(work))
             target = out[first : first + together]
             if flat is not None:
-                target += product.flatten(1) @ flat
+                target += _long_products(product.flatten(1), flat)
             else:  # as many directions as this would need a copy of them that is larger than the buffer
                 for k in range(queries):
                     target[:, k] += (product * direction[k]).flatten(1).sum(1)
     return out.to(work)
+
+
+def _long_products(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right`` over millions of numbers: pieces in the work dtype, their sum in float64."""
+    whole = left.shape[1] // PIECE * PIECE
+    pieces = torch.bmm(
+        left[:, :whole].unflatten(1, (-1, PIECE)).transpose(0, 1), right[:whole].unflatten(0, (-1, PIECE))
+    )
+    return pieces.sum(dim=0, dtype=torch.float64) + left[:, whole:] @ right[whole:]
 
 
 @torch.library.custom_op("attr_engine::query_dot", mutates_args=(), device_types="cpu")

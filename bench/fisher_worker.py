@@ -1,0 +1,139 @@
+"""One way of bench/fisher.py in a process of its own, started by fisher_client.py.
+
+A line of JSON on stdin (``{"do": "build" | "check" | "run" | "peak", ...}``) is answered by one on stdout; whatever a
+library prints goes to stderr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from fisher_peers import PEERS
+from fisher_ways import WAYS, Case, Size, Way, dit, errors, loop
+
+Answer = dict[str, Any]
+
+
+def build(name: str, size: Size, only: Sequence[str]) -> Way:
+    """A way on a new case; ``only`` are the parameters that are wanted, all where there are none."""
+    case = Case(size)
+    return (WAYS | PEERS)[name](case, only or list(case.parameters))
+
+
+def reference(path: Path, size: Size) -> Answer:
+    """Write the sums of the loop over single rows in float64, and say what there is to cover."""
+    case = Case(size, torch.float64)
+    torch.save(loop(case, list(case.parameters)).run(), path)
+    return {"elements": {name: p.numel() for name, p in case.parameters.items()}}
+
+
+def check(way: Way, path: Path) -> Answer:
+    """One run, which warms up too: the error of every parameter that is covered."""
+    result = way.run()
+    if way.read is None:
+        return {"errors": None}
+    return {"errors": errors(way.read(result), torch.load(path, weights_only=True))}
+
+
+def run(way: Way, times: int) -> Answer:
+    """Seconds of one run, the mean of some."""
+    gc.collect()
+    # What stays is not looked at again: an Analyzer of kronfluence collects garbage twice a run, which would cost it
+    # a third of a second for the objects of torch alone.
+    gc.freeze()
+    seconds = 0.0
+    for _ in range(times):
+        start = time.perf_counter()
+        result = way.run()
+        seconds += time.perf_counter() - start
+        del result
+    return {"seconds": seconds / times}
+
+
+def peak(name: str, size: Size, only: Sequence[str]) -> Answer:
+    """What the process grows by in one run, over what it holds when the model, the rows and the way are ready."""
+    # A run at a small size first: what is imported or set up at first use is not the way's memory.
+    small = build(name, Size(tokens=16, width=64, depth=size.depth, batch=2), only)
+    small.run()
+    del small
+    way = build(name, size, only)
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)  # memory that was freed and not given back would hide growth
+    highest, how = _watch()
+    result = way.run()
+    grown = highest()
+    del result
+    return {"peak_mb": grown / 1e6, "how": how}
+
+
+def _watch() -> tuple[Callable[[], int], str]:
+    """Start watching the resident size; the first that is returned says by how many bytes it has grown at most."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        before = _status("VmRSS")
+        return lambda: _status("VmHWM") - before, "high-water mark"
+    except OSError:
+        # The peak of building may hide a part of the growth: ru_maxrss cannot be reset.
+        unit = 1 if sys.platform == "darwin" else 1024
+        first = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return (
+            lambda: unit * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - first),
+            "ru_maxrss, at least",
+        )
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"no {field}")
+
+
+def main() -> None:
+    """Answer questions about one way until stdin ends."""
+    name, threads, folder = sys.argv[1:]
+    torch.set_num_threads(int(threads))
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    with contextlib.suppress(ImportError):  # said again when a case is built
+        dit()  # takes seconds, in which the other processes start too
+    way: Way | None = None
+    for line in sys.stdin:
+        question = json.loads(line)
+        size = Size(**question["size"])
+        only = question["only"]
+        path = Path(folder) / f"reference-{size.tokens}.pt"
+        try:
+            if name == "reference":
+                answer = reference(path, size)
+            elif question["do"] == "peak":
+                answer = peak(name, size, only)
+            elif question["do"] == "check":
+                way = None  # the case before goes first, and what was frozen of it
+                gc.unfreeze()
+                gc.collect()
+                way = build(name, size, only)
+                answer = check(way, path)
+            else:
+                assert way is not None
+                answer = run(way, question["times"])
+        except Exception as error:  # whatever a library raises is its result
+            status = "missing" if isinstance(error, ImportError) else "failed"
+            answer = {status: f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
