@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -108,18 +109,21 @@ def backward(case: Case, only: Sequence[str]) -> Way:
     return Way(lambda: torch.autograd.grad(case.loss(case.rows).sum(), parameters), None)
 
 
-def engine(case: Case, only: Sequence[str]) -> Way:
+def engine(case: Case, only: Sequence[str], together: int = 0) -> Way:
+    """Per-sample gradients of so many rows in one backward pass; 0: of all."""
     from attr_engine.persample import add_squares, per_sample_backward
 
     parameters = {name: case.parameters[name] for name in only}
-    model, noised = SimpleNamespace(module=case.model), SimpleNamespace(t=case.rows[1])
+    model, count = SimpleNamespace(module=case.model), len(case.rows[1])
 
     def run() -> Sums:
         total = case.zeros(only)
-        per_sample_backward(
-            model, parameters, noised,  # type: ignore[arg-type]  # only the objective looks at them
-            lambda name, gradient: add_squares(total[name], gradient), lambda *_: case.loss(case.rows),
-        )  # fmt: skip
+        for first in range(0, count, together or count):
+            rows = tuple(x[first : first + (together or count)] for x in case.rows)
+            per_sample_backward(
+                model, parameters, SimpleNamespace(t=rows[1]),  # type: ignore[arg-type]  # only the function looks at them
+                lambda name, gradient: add_squares(total[name], gradient), lambda *_, rows=rows: case.loss(rows),
+            )  # fmt: skip
         return total
 
     return Way(run)
@@ -161,7 +165,13 @@ def vmap(case: Case, only: Sequence[str]) -> Way:
     return Way(run)
 
 
-WAYS: dict[str, Make] = {"backward": backward, "engine": engine, "loop": loop, "vmap": vmap}
+WAYS: dict[str, Make] = {
+    "backward": backward,
+    "engine": engine,
+    "engine, one row a pass": partial(engine, together=1),
+    "loop": loop,
+    "vmap": vmap,
+}
 
 
 def errors(found: Sums, want: Sums) -> dict[str, float]:
