@@ -14,6 +14,7 @@ from attr_engine import cli_options
 from attr_engine.errors import UserError, printable
 
 if TYPE_CHECKING:
+    from attr_engine.fisher import Fisher
     from attr_engine.latents.ingest import Report
 
 
@@ -165,38 +166,80 @@ def _generate(args: argparse.Namespace) -> None:
     print(f"{args.count} pieces written to {args.out}, their audio to {Path(args.out) / 'audio'}")
 
 
+def _index(args: argparse.Namespace) -> None:
+    from attr_engine.index import IndexSettings, build_index
+    from attr_engine.latents import LatentDataset
+    from attr_engine.load import open_model
+    from attr_engine.units import rank
+
+    settings = IndexSettings(
+        tuple(args.layers), args.function, args.draws, args.projection, args.rank, args.ridge, args.normalised,
+        numbers=args.numbers, seed=args.seed, rows=args.rows,
+    )  # fmt: skip
+    settings.check()
+    model = open_model(args.model, args.weights, args.dtype, args.device)
+    index = build_index(model, LatentDataset(args.data), args.out, settings)
+    if rank() == 0:
+        tracks, width = index.features.shape
+        print(f"{tracks} tracks of {width} numbers ({index.features.nbytes / 1e6:.3g} MB) in {args.out}")
+
+
+def _search(args: argparse.Namespace) -> None:
+    from attr_engine.index import Index
+    from attr_engine.latents import LatentDataset
+    from attr_engine.load import open_model
+
+    index, queries = Index.open(args.index), LatentDataset(args.queries)
+    model = open_model(args.model, args.weights, args.dtype, args.device)
+    result = index.attribute(model, queries)
+    for query in queries.ids:
+        print(printable(query))
+        for row in result.top(args.top, query):
+            print(printable(f"  {row.rank:2d}. {row.track}  {row.score:.4g}"))
+    if args.out:
+        result.to_parquet(Path(args.out))
+        print(f"scores: {args.out}")
+
+
 def _run(args: argparse.Namespace) -> None:
     """``fisher``, ``unlearn``, ``score``, ``attribute`` and ``report``: how far to go in a run directory."""
     from attr_engine import jobs, pipeline
     from attr_engine.load import load_job
     from attr_engine.report.build import build_report
     from attr_engine.runs import open_run
+    from attr_engine.units import rank
 
     settings, out = cli_options.settings_of(args), Path(args.out)
+    first = rank() == 0  # of several processes one speaks for all
     with open_run(out, settings) as run:
         job = load_job(run)
         jobs.check(job)
-        print(jobs.plan_of(job), file=sys.stderr)
+        if first:
+            print(jobs.plan_of(job), file=sys.stderr)
         fisher = pipeline.fisher_stage(job)
         if args.command == "fisher":
-            print(
-                f"Fisher of {fisher.pairs} (track, draw) pairs, mean {fisher.mean():.4g}: {out / pipeline.FISHER}"
-            )
-            if fisher.unused:
-                print(
-                    f"note: the prediction does not use {', '.join(fisher.unused)}; their Fisher is exactly 0"
-                )
+            if first:
+                _print_fisher(fisher, out / pipeline.FISHER)
             return
         if args.command == "unlearn":
             pipeline.update_stage(job, fisher)
-            print(f"{len(job.queries) * len(settings.strengths)} updates in {out / 'updates'}")
+            if first:
+                print(f"{len(job.queries) * len(settings.strengths)} updates in {out / 'updates'}")
             return
         result = pipeline.run_job(job)
+        if not first:
+            return
         cli_options.print_top(job, result)
         print(f"scores: {out / pipeline.SCORES_PARQUET} and .csv")
         if args.command in ("attribute", "report"):
             print(f"report: {build_report(job, result)}")
             pipeline.drop_updates(job)
+
+
+def _print_fisher(fisher: Fisher, path: Path) -> None:
+    print(f"Fisher of {fisher.pairs} (track, draw) pairs, mean {fisher.mean():.4g}: {path}")
+    if fisher.unused:
+        print(f"note: the prediction does not use {', '.join(fisher.unused)}; their Fisher is exactly 0")
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -213,7 +256,8 @@ def _doctor(args: argparse.Namespace) -> None:
 
 
 _COMMANDS: dict[str, Any] = {
-    "ingest": _ingest, "shards": _shards, "train": _train, "generate": _generate, "fisher": _run, "unlearn": _run,
+    "ingest": _ingest, "shards": _shards, "train": _train, "generate": _generate, "index": _index, "search": _search,
+    "fisher": _run, "unlearn": _run,
     "score": _run, "attribute": _run, "report": _run, "demo": _demo, "doctor": _doctor,
 }  # fmt: skip
 

@@ -231,6 +231,54 @@ def _add_generate(commands: Any) -> None:
     p.add_argument("--device", default="cpu", help="torch device (default: cpu)")
 
 
+def _add_index(commands: Any) -> None:
+    p = _command(commands, "index", "projected gradients of every training track, for queries in milliseconds",
+                 """examples:
+  attr-engine index --model model --data latents --out index
+  attr-engine search --index index --model model --queries pieces
+""")  # fmt: skip
+    p.add_argument("--model", required=True, help="model folder, or the model's JSON config")
+    p.add_argument("--weights", default="", help="checkpoint where --model is a JSON config")
+    p.add_argument("--data", required=True, help="training tracks: a folder made by attr-engine ingest")
+    p.add_argument("--out", required=True, help="folder of the index; the same command carries on there")
+    p.add_argument("--layers", nargs="+", default=["transformer"], metavar="X",
+                   help="layer groups or name patterns (default: transformer)")  # fmt: skip
+    p.add_argument("--function", default="squared_norm", choices=("squared_norm", "loss"),
+                   help="whose gradients: of the prediction's squared norm, or of the loss (default: squared_norm)")  # fmt: skip
+    p.add_argument("--draws", type=int, default=4, help="draws a track, a multiple of 4 (default: 4)")
+    p.add_argument("--projection", default="gaussian", choices=("gaussian", "rademacher", "identity"),
+                   help="kind of projection (default: gaussian)")  # fmt: skip
+    p.add_argument("--rank", type=int, default=8, help="a weight becomes rank x rank numbers (default: 8)")
+    p.add_argument("--ridge", type=float, default=0.1,
+                   help="lambda, relative to the mean squared norm of a track's gradient (default: 0.1)")  # fmt: skip
+    p.add_argument("--normalised", action="store_true", help="compare directions of gradients only")
+    p.add_argument(
+        "--numbers", default="float16", choices=("float16", "float32"), help="on disk (default: float16)"
+    )
+    p.add_argument("--seed", type=int, default=0, help="of draws and projections (default: 0)")
+    p.add_argument("--rows", type=int, default=16, help="(track, draw) pairs a pass (default: 16)")
+    _add_device(p)
+    p = _command(commands, "search", "rank the training tracks of an index for some queries", """examples:
+  attr-engine search --index index --model model --queries pieces --top 10
+  attr-engine search --index index --model model --queries pieces --out scores.parquet
+""")  # fmt: skip
+    p.add_argument("--index", required=True, help="folder made by attr-engine index")
+    p.add_argument("--model", required=True, help="the model that it was made with")
+    p.add_argument("--weights", default="", help="checkpoint where --model is a JSON config")
+    p.add_argument(
+        "--queries", required=True, help="queries: a folder made by attr-engine ingest or generate"
+    )
+    p.add_argument("--top", type=int, default=10, help="tracks to print a query (default: 10)")
+    p.add_argument("--out", default="", help="Parquet file for all scores")
+    _add_device(p)
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float64"),
+                        help="dtype of the denoiser (default: float32)")  # fmt: skip
+    parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+
+
 def _command(commands: Any, name: str, text: str, examples: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
@@ -255,6 +303,7 @@ def parser() -> argparse.ArgumentParser:
     _add_shards(commands)
     _add_train(commands)
     _add_generate(commands)
+    _add_index(commands)
     for name, text in _RUN_TEXTS.items():
         p = _command(commands, name, text, _RUN_EXAMPLES.format(name))
         p.add_argument("--out", required=True, help="run directory; the same command carries on there")

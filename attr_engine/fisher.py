@@ -6,7 +6,7 @@ METHOD section 1. The square is taken per (track, draw), not after averaging.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from attr_engine.persample import SQUARES, Make, check_against_loop
 from attr_engine.tensorfile import load_tensors, save_tensors
 
 _SECONDS_BETWEEN_CHECKPOINTS = 20.0
+UNITS = 16
 
 
 @dataclass(frozen=True)
@@ -58,51 +59,84 @@ class Fisher:
         return Fisher(values, int(meta["pairs"]), tuple(meta["unused"]))
 
 
-def fit_fisher(
-    model: Denoiser,
-    tracks: Tracks,
-    layers: Sequence[str],
-    plan: DrawPlan,
-    draws: int,
-    masked: bool = False,
-    checkpoint: Path | None = None,
-    key: str = "",
-    progress: Callable[[int, int], None] | None = None,
-    rows: int = 16,
-    gradients: str = "batch",
-) -> Fisher:
-    """Fit the diagonal Fisher of a layer group.
+@dataclass(frozen=True)
+class FisherSettings:
+    """What decides a Fisher, beside model and tracks.
 
-    Args:
-        model: theta_0.
-        tracks: the training tracks.
+    Attributes:
         layers: layer groups or name patterns.
         plan: draw plan; the purpose is ``fisher``.
         draws: draws a track, a multiple of the plan's replicates.
         masked: whether only valid frames count in the loss (False: as the model was trained).
-        checkpoint: where to keep the running sum, so that a killed run goes on bit for bit.
-        key: names model, data and settings; a checkpoint under another key is refused.
-        progress: called with (tracks done, tracks).
         rows: (track, draw) pairs a backward pass.
         gradients: ``"batch"``: all rows of a pass at once, after a comparison of the first with the loop;
             ``"loop"``: one row at a time, by autograd alone.
+    """
 
-    Returns:
-        The Fisher, accumulated in float32 (float64 for a float64 model), in track order.
+    layers: Sequence[str]
+    plan: DrawPlan
+    draws: int
+    masked: bool = False
+    rows: int = 16
+    gradients: str = "batch"
+
+    @property
+    def step(self) -> int:
+        """Tracks a pass."""
+        return max(1, self.rows // self.draws)
+
+
+def fisher_units(tracks: int, settings: FisherSettings) -> list[range]:
+    """The fixed units that a Fisher is summed in: at most :data:`UNITS`, of whole passes; indices of their tracks."""
+    size = -(-tracks // (UNITS * settings.step)) * settings.step
+    return [range(first, min(first + size, tracks)) for first in range(0, tracks, size)]
+
+
+def check_fisher(model: Denoiser, tracks: Tracks, settings: FisherSettings) -> None:
+    """Refuse what cannot be fitted, and compare the gradients of the first rows with those of single rows.
 
     Raises:
         UserError: unusable tracks, layers or number of draws, or a model whose per-sample gradients in a batch
             are not those of single rows.
     """
+    s = settings
     check_tracks(tracks, model.channels, model.frames, "training")
-    if gradients not in SQUARES or rows < 1:
-        raise UserError(f"gradients={gradients!r}, rows={rows}: use 'batch' or 'loop', and at least one row")
-    plan.check(draws, "the number of Fisher draws")
-    parameters = select_parameters(model, layers)
-    step = max(1, rows // draws)  # tracks a pass
-    if gradients == "batch":  # before the running sum is there: the comparison holds two such sums of its own
-        first_pass, every = _pass(model, tracks, range(min(step, len(tracks))), plan, draws, masked)
-        check_against_loop(model, parameters, first_pass, every[: max(2, min(4, rows))])
+    if s.gradients not in SQUARES or s.rows < 1:
+        raise UserError(
+            f"gradients={s.gradients!r}, rows={s.rows}: use 'batch' or 'loop', and at least one row"
+        )
+    s.plan.check(s.draws, "the number of Fisher draws")
+    parameters = select_parameters(model, s.layers)
+    if s.gradients == "batch":
+        make, every = _pass(model, tracks, range(min(s.step, len(tracks))), s)
+        check_against_loop(model, parameters, make, every[: max(2, min(4, s.rows))])
+
+
+def sum_unit(
+    model: Denoiser,
+    tracks: Tracks,
+    settings: FisherSettings,
+    unit: range,
+    checkpoint: Path | None = None,
+    key: str = "",
+    progress: Callable[[int], None] | None = None,
+) -> tuple[dict[str, Tensor], set[str]]:
+    """Sum the squared per-sample gradients of one unit's tracks, in their order.
+
+    Args:
+        model: theta_0.
+        tracks: the training tracks.
+        settings: of the Fisher.
+        unit: indices of its tracks.
+        checkpoint: where to keep the running sum, so that a killed run goes on bit for bit.
+        key: names model, data and settings; a checkpoint under another key is refused.
+        progress: called with the tracks of the unit that are done.
+
+    Returns:
+        The sums (float32; float64 for a float64 model), and the parameters that the prediction uses.
+    """
+    s = settings
+    parameters = select_parameters(model, s.layers)
     total = {name: torch.zeros_like(p, dtype=work_dtype(model)) for name, p in parameters.items()}
     done, used = 0, set[str]()
     if checkpoint is not None and checkpoint.exists():
@@ -110,36 +144,95 @@ def fit_fisher(
         total = {name: value.to(parameters[name].device) for name, value in total.items()}
         done, used = int(meta["done"]), set(meta["used"])
     saved = time.monotonic()
-    if progress is not None:
-        progress(done, len(tracks))
-
-    for first in range(done, len(tracks), step):
-        here = range(first, min(first + step, len(tracks)))
-        make, every = _pass(model, tracks, here, plan, draws, masked)
-        for k in range(0, len(every), rows):
-            used |= SQUARES[gradients](model, parameters, make, every[k : k + rows], total)
+    for first in range(done, len(unit), s.step):
+        here = unit[first : first + s.step]
+        make, every = _pass(model, tracks, here, s)
+        for k in range(0, len(every), s.rows):
+            used |= SQUARES[s.gradients](model, parameters, make, every[k : k + s.rows], total)
+        done = first + len(here)
         if progress is not None:
-            progress(here.stop, len(tracks))
+            progress(done)
         if checkpoint is not None and time.monotonic() - saved > _SECONDS_BETWEEN_CHECKPOINTS:
-            save_tensors(checkpoint, total, {"key": key, "done": here.stop, "used": sorted(used)})
+            save_tensors(checkpoint, total, {"key": key, "done": done, "used": sorted(used)})
             saved = time.monotonic()
-    pairs = len(tracks) * draws
-    values = {name: (value / pairs).cpu() for name, value in total.items()}
-    for name, value in values.items():
+    return total, used
+
+
+def combine(sums: Iterable[tuple[Mapping[str, Tensor], Collection[str]]], pairs: int) -> Fisher:
+    """The Fisher of all units' sums, added in the order of the units.
+
+    Raises:
+        UserError: it is not finite.
+    """
+    total: dict[str, Tensor] = {}
+    used = set[str]()
+    for values, here in sums:
+        used |= set(here)
+        for name, value in values.items():
+            total[name] = total[name].add_(value.cpu()) if name in total else value.cpu()
+    for name, value in total.items():
+        value /= pairs
         if not torch.isfinite(value).all():
             raise UserError(
                 f"the Fisher of {name} is not finite: the model or a latent holds NaN, or use --dtype float32"
             )
-    return Fisher(values, pairs, tuple(name for name in parameters if name not in used))
+    return Fisher(total, pairs, tuple(name for name in total if name not in used))
+
+
+def fit_fisher(
+    model: Denoiser,
+    tracks: Tracks,
+    layers: Sequence[str],
+    plan: DrawPlan,
+    draws: int,
+    masked: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    rows: int = 16,
+    gradients: str = "batch",
+) -> Fisher:
+    """Fit the diagonal Fisher of a layer group, in memory.
+
+    Args:
+        model: theta_0.
+        tracks: the training tracks.
+        layers: as in :class:`FisherSettings`, like the arguments that follow.
+        plan: likewise.
+        draws: likewise.
+        masked: likewise.
+        progress: called with (tracks done, tracks).
+        rows: likewise.
+        gradients: likewise.
+
+    Returns:
+        The Fisher, accumulated in float32 (float64 for a float64 model), in the order of tracks and units: the same
+        bits as those of a run whose units were shared by several processes.
+
+    Raises:
+        UserError: as :func:`check_fisher`, or the Fisher is not finite.
+    """
+    settings = FisherSettings(layers, plan, draws, masked, rows, gradients)
+    check_fisher(model, tracks, settings)
+    total = len(tracks)
+    if progress is not None:
+        progress(0, total)
+
+    def sums() -> Iterator[tuple[dict[str, Tensor], set[str]]]:
+        for unit in fisher_units(total, settings):
+            yield sum_unit(
+                model, tracks, settings, unit,
+                progress=None if progress is None else lambda n, u=unit: progress(u.start + n, total),  # type: ignore[misc]
+            )  # fmt: skip
+
+    return combine(sums(), total * draws)
 
 
 def _pass(
-    model: Denoiser, tracks: Tracks, indices: range, plan: DrawPlan, draws: int, masked: bool
+    model: Denoiser, tracks: Tracks, indices: range, settings: FisherSettings
 ) -> tuple[Make, list[tuple[int, int]]]:
     """What makes noised rows of some tracks, and all their (track, draw) pairs."""
     batch = tracks.batch(indices, model.frames)
 
     def make(pairs: Sequence[tuple[int, int]]) -> Noised:
-        return noised_rows(model, batch, pairs, plan, "fisher", masked)
+        return noised_rows(model, batch, pairs, settings.plan, "fisher", settings.masked)
 
-    return make, [(i, d) for i in range(len(indices)) for d in range(draws)]
+    return make, [(i, d) for i in range(len(indices)) for d in range(settings.draws)]

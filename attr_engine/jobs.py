@@ -15,9 +15,10 @@ from attr_engine.latents.batch import Tracks, check_tracks
 from attr_engine.memory import fit_rows
 from attr_engine.models.checkpoint import read_json
 from attr_engine.models.protocol import Denoiser, select_parameters
-from attr_engine.runs import Run, key_of
+from attr_engine.runs import LOCKS, Run, key_of
 from attr_engine.score import FIRST_ORDER, score_function
 from attr_engine.settings import to_json
+from attr_engine.units import held
 from attr_engine.unlearn import check_settings
 
 ROWS = "rows.json"
@@ -65,6 +66,12 @@ class Job:
             return s.rows
         key = self.key("memory", "score_draws", "unit_tracks", "functions", "gradients")
         path = self.run.path / ROWS
+        with held(self.run.path / LOCKS / "rows.lock", wait=True):
+            return self._fit_rows(path, key)
+
+    def _fit_rows(self, path: Path, key: str) -> int:
+        """Choose the rows, or take what another process chose meanwhile."""
+        s = self.run.settings
         if path.exists():
             kept = read_json(path, "number of rows")
             if kept.get("key") == key:

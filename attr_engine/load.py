@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -15,7 +16,8 @@ from attr_engine.latents.ingest import ingest_audio
 from attr_engine.latents.manifest import MANIFEST
 from attr_engine.models.autoencoder import Autoencoder
 from attr_engine.models.stable_audio import StableAudioDenoiser, load_model
-from attr_engine.runs import Run, key_of
+from attr_engine.runs import LOCKS, Run, key_of
+from attr_engine.units import held
 
 
 def load_job(run: Run) -> Job:
@@ -30,16 +32,30 @@ def load_job(run: Run) -> Job:
             raise UserError(f"no {what} was named: give {flag} (or a --config that has it)")
     if s.threads > 0:
         torch.set_num_threads(s.threads)
+    model = open_model(s.model, s.weights, s.dtype, s.device, s.ema, s.checkpointing, s.compile)
+    tracks = LatentDataset(s.data)
+    with held(run.path / LOCKS / "queries.lock", wait=True):  # audio is encoded once
+        queries = [_load_queries(run, model, Path(path)) for path in s.queries]
+    return Job(run, model, tracks, make_queries(tracks, queries, s.self_influence))
+
+
+def open_model(
+    path: str, weights: str, dtype: str, device: str, ema: bool = True, checkpointing: bool = False, compiled: str = "off"
+) -> StableAudioDenoiser:  # fmt: skip
+    """Load a model onto a device that is looked at first; of several processes on a machine each takes its own GPU.
+
+    Raises:
+        UserError: the device or the model cannot be used.
+    """
+    own = os.environ.get("LOCAL_RANK")  # torchrun says which
+    device = f"cuda:{own}" if device == "cuda" and own is not None else device
     try:
-        torch.empty(0, device=s.device)
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(
-            f"device {s.device!r} cannot be used ({str(error).splitlines()[0]}): use --device cpu"
+            f"device {device!r} cannot be used ({str(error).splitlines()[0]}): use --device cpu"
         ) from error
-    model = load_model(s.model, s.weights or None, s.dtype, s.device, s.ema, s.checkpointing, s.compile)
-    tracks = LatentDataset(s.data)
-    queries = [_load_queries(run, model, Path(path)) for path in s.queries]
-    return Job(run, model, tracks, make_queries(tracks, queries, s.self_influence))
+    return load_model(path, weights or None, dtype, device, ema, checkpointing, compiled)
 
 
 def _load_queries(run: Run, model: StableAudioDenoiser, source: Path) -> LatentDataset:

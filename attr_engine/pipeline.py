@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,16 +19,17 @@ import torch
 from attr_engine import progress
 from attr_engine.diffusion import ROW_FUNCTIONS
 from attr_engine.errors import UserError
-from attr_engine.fisher import Fisher, fit_fisher
+from attr_engine.fisher import Fisher, FisherSettings, check_fisher, combine, fisher_units, sum_unit
 from attr_engine.influence import measure_influence
 from attr_engine.jobs import Job, Query, check, make_queries
 from attr_engine.latents.batch import Tracks
 from attr_engine.models.protocol import Denoiser, select_parameters
 from attr_engine.result import Attribution
-from attr_engine.runs import key_of, open_run
+from attr_engine.runs import LOCKS, key_of, open_run
 from attr_engine.score import FIRST_ORDER, Effects, measure_effects, scores
 from attr_engine.settings import Settings, to_json
 from attr_engine.tensorfile import load_tensors, save_tensors
+from attr_engine.units import once, rank, run_units
 from attr_engine.unlearn import Update, query_gradient, unlearn_query
 
 FISHER, SCORES_PARQUET, SCORES_CSV, EFFECTS = (
@@ -43,36 +44,65 @@ _FISHER_SETTINGS = ("fisher_draws", "mask_fisher", "rows", "gradients")
 UPDATE_SETTINGS = (*_FISHER_SETTINGS, "unit", "steps", "damping", "mask_update", "update_draws")
 
 
+def _fisher_settings(job: Job) -> FisherSettings:
+    s = job.run.settings
+    return FisherSettings(s.layers, job.plan, s.fisher_draws, s.mask_fisher, job.rows, s.gradients)
+
+
 def fisher_stage(job: Job) -> Fisher:
     """Fit the Fisher, or read it; the settings are written down first."""
-    s, path = job.run.settings, job.run.path / FISHER
-    key, checkpoint = job.key(*_FISHER_SETTINGS), job.run.path / "fisher-so-far.safetensors"
+    path, key = job.run.path / FISHER, job.key(*_FISHER_SETTINGS)
     job.run.record()
-    if path.exists():
-        fisher = Fisher.load(path, key)
-        checkpoint.unlink(missing_ok=True)
-        return fisher
-    with job.run.stage("fisher"):
-        fisher = fit_fisher(
-            job.model, job.tracks, s.layers, job.plan, s.fisher_draws, s.mask_fisher, checkpoint, key,
-            progress.bar("Fisher", "track"), job.rows, s.gradients,
-        )  # fmt: skip
-    fisher.save(path, key)
-    checkpoint.unlink(missing_ok=True)
+    if not path.exists():
+        check_fisher(job.model, job.tracks, _fisher_settings(job))
+        with job.run.stage("fisher"):
+            _sum_units(job, path, key)
+    fisher = Fisher.load(path, key)
+    shutil.rmtree(path.with_suffix(""), ignore_errors=True)
     return fisher
 
 
-def update_stage(job: Job, fisher: Fisher) -> None:
-    """Unlearn every query at every strength."""
+def _sum_units(job: Job, finished: Path, key: str) -> None:
+    """Sum the units that nobody else sums; then one process adds them up."""
+    settings, total = _fisher_settings(job), len(job.tracks)
+    units = fisher_units(total, settings)
+    paths = [finished.with_suffix("") / f"{i:02d}.safetensors" for i in range(len(units))]
+    show = progress.bar("Fisher", "track")
+
+    def known() -> int:
+        return sum(len(unit) for unit, path in zip(units, paths, strict=True) if path.exists())
+
+    def compute(i: int) -> None:
+        checkpoint, before = paths[i].with_suffix(".so-far.safetensors"), known()
+        sums, used = sum_unit(
+            job.model, job.tracks, settings, units[i], checkpoint, key, lambda n: show(before + n, total)
+        )
+        save_tensors(paths[i], sums, {"key": key, "used": sorted(used)})
+        checkpoint.unlink(missing_ok=True)
+
+    run_units(paths, compute, finished, job.run.path / LOCKS / "fisher", lambda _: show(known(), total))
+    with once(job.run.path / LOCKS / "fisher.lock", finished) as mine:
+        if mine:
+            sums = ((values, meta["used"]) for values, meta in (load_tensors(p, key) for p in paths))
+            combine(sums, total * settings.draws).save(finished, key)
+
+
+def update_stage(job: Job, fisher: Fisher, finished: Path | None = None) -> None:
+    """Unlearn every query at every strength; not those that are missing because ``finished`` was made of them."""
     s = job.run.settings
     parameters = select_parameters(job.model, s.layers)
     show = progress.bar("unlearning", "query")
-    show(0, len(job.queries))
+    units = [(query, function) for query in job.queries for function in job.row_functions]
+    # Strengths are written in their order: with the last one all are there.
+    paths = [job.update_path(query, s.strengths[-1], function) for query, function in units]
     with job.run.stage("unlearn"):
-        for done, query in enumerate(job.queries):
-            for function in job.row_functions:
-                _update_query(job, fisher, parameters, query, function)
-            show(done + 1, len(job.queries))
+        run_units(
+            paths,
+            lambda i: _update_query(job, fisher, parameters, *units[i]),
+            finished,
+            job.run.path / LOCKS / "update",
+            lambda done: show(done, len(units)),
+        )
 
 
 def _update_query(
@@ -109,10 +139,9 @@ def _loads(job: Job, function: str) -> list[Callable[[], Update]]:
     ]
 
 
-def _units(job: Job) -> Iterator[tuple[int, list[int]]]:
-    size = job.run.settings.unit_tracks
-    for unit, first in enumerate(range(0, len(job.tracks), size)):
-        yield unit, list(range(first, min(first + size, len(job.tracks))))
+def _units(job: Job) -> list[range]:
+    size, tracks = job.run.settings.unit_tracks, len(job.tracks)
+    return [range(first, min(first + size, tracks)) for first in range(0, tracks, size)]
 
 
 def score_stage(job: Job) -> Effects:
@@ -123,27 +152,28 @@ def score_stage(job: Job) -> Effects:
     key = key_of(
         job.key(*UPDATE_SETTINGS, "strengths", "mask_score", "score_draws", "unit_tracks"), queries, *measured
     )
-    if (folder / EFFECTS).exists():
-        effects = _effects(load_tensors(folder / EFFECTS, key)[0])
-        shutil.rmtree(folder / "units", ignore_errors=True)
-        return effects
-    units = list(_units(job))
-    show = progress.bar(f"scoring {len(job.tracks)} tracks under {len(_loads(job, 'loss'))} updates", "unit")
-    parts = []
-    show(0, len(units))
-    with job.run.stage("score"):
-        for unit, indices in units:
-            path = folder / "units" / f"{unit:06d}.safetensors"
-            if path.exists():
-                parts.append(_effects(load_tensors(path, key)[0]))
-            else:
-                parts.append(_measure(job, indices))
-                save_tensors(path, _tensors(parts[-1]), {"key": key})
-            show(unit + 1, len(units))
-    effects = _joined(parts)
-    _check_finite(job, effects)
-    save_tensors(folder / EFFECTS, _tensors(effects), {"key": key})
-    shutil.rmtree(folder / "units")
+    finished = folder / EFFECTS
+    if not finished.exists():
+        units = _units(job)
+        paths = [folder / "units" / f"{unit:06d}.safetensors" for unit in range(len(units))]
+        updates = len(job.queries) * len(s.strengths)
+        show = progress.bar(f"scoring {len(job.tracks)} tracks under {updates} updates", "unit")
+        with job.run.stage("score"):
+            run_units(
+                paths,
+                lambda i: save_tensors(paths[i], _tensors(_measure(job, units[i])), {"key": key}),
+                finished,
+                folder / LOCKS / "score",
+                lambda done: show(done, len(units)),
+            )
+            with once(folder / LOCKS / "score.lock", finished) as mine:
+                if mine:
+                    effects = _joined([_effects(load_tensors(path, key)[0]) for path in paths])
+                    _check_finite(job, effects)
+                    save_tensors(finished, _tensors(effects), {"key": key})
+    effects = _effects(load_tensors(finished, key)[0])
+    for name in ("units", LOCKS):
+        shutil.rmtree(folder / name, ignore_errors=True)
     return effects
 
 
@@ -218,14 +248,15 @@ def finish(job: Job, effects: Effects) -> Attribution:
         base=effects.base.mean(axis=-1),
         meta=meta,
     )
-    result.to_parquet(job.run.path / SCORES_PARQUET)
-    result.to_csv(job.run.path / SCORES_CSV)
+    if rank() == 0:
+        result.to_parquet(job.run.path / SCORES_PARQUET)
+        result.to_csv(job.run.path / SCORES_CSV)
     return result
 
 
 def drop_updates(job: Job) -> None:
     """Remove the updates once nothing needs them, unless they were to be kept."""
-    if not job.run.settings.keep_updates:
+    if rank() == 0 and not job.run.settings.keep_updates:
         shutil.rmtree(job.run.path / "updates", ignore_errors=True)
 
 
@@ -233,8 +264,9 @@ def run_job(job: Job) -> Attribution:
     """Run every stage that is not done yet."""
     check(job)
     fisher = fisher_stage(job)
-    if not (job.run.path / EFFECTS).exists():
-        update_stage(job, fisher)
+    finished = job.run.path / EFFECTS
+    if not finished.exists():
+        update_stage(job, fisher, finished)
     return finish(job, score_stage(job))
 
 

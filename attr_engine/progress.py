@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
+from attr_engine.units import rank
+
 _open: set[tqdm[None]] = set()
 
 
@@ -25,6 +27,8 @@ def bar(what: str, unit: str = "it") -> Callable[[int, int], None]:
 
     def update(done: int, total: int) -> None:
         nonlocal shown
+        if rank() > 0:  # one of several processes shows what all have done
+            return
         if shown is None:
             interval = 0.2 if sys.stderr.isatty() else 15.0
             shown = tqdm(

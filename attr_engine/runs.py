@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -16,8 +17,10 @@ from attr_engine.errors import UserError
 from attr_engine.files import write_json
 from attr_engine.models.checkpoint import read_json
 from attr_engine.settings import Settings, differences, read_settings, to_json
+from attr_engine.units import held, rank, workers
 
-CONFIG, ENVIRONMENT, TIMINGS = "config.json", "environment.json", "timings.json"
+CONFIG, ENVIRONMENT, TIMINGS, LOCKS = "config.json", "environment.json", "timings.json", "locks"
+_SECONDS_TO_WAIT = 10.0  # for the first of several processes to tidy up
 
 
 def key_of(*parts: Any) -> str:
@@ -64,8 +67,9 @@ class Run:
             UserError: it cannot be written.
         """
         try:
-            write_json(self.path / CONFIG, to_json(self.settings))
-            write_json(self.path / ENVIRONMENT, environment())
+            with held(self.path / LOCKS / "record.lock", wait=True):
+                write_json(self.path / CONFIG, to_json(self.settings))
+                write_json(self.path / ENVIRONMENT, environment())
         except OSError as error:
             raise _unwritable(self.path, error) from error
 
@@ -76,19 +80,23 @@ class Run:
         try:
             yield
         finally:
-            timings = self.timings()
+            path = self.path / (TIMINGS if rank() == 0 else f"timings-{rank()}.json")
+            timings = read_json(path, "table of timings") if path.exists() else {}
             timings[name] = timings.get(name, 0.0) + time.perf_counter() - start
-            write_json(self.path / TIMINGS, timings)
+            write_json(path, timings)
 
     def timings(self) -> dict[str, float]:
-        """Stage name to seconds, over all sittings."""
-        path = self.path / TIMINGS
-        return read_json(path, "table of timings") if path.exists() else {}
+        """Stage name to seconds, over all sittings and processes."""
+        total: dict[str, float] = {}
+        for path in sorted(self.path.glob("timings*.json")):
+            for name, seconds in read_json(path, "table of timings").items():
+                total[name] = total.get(name, 0.0) + seconds
+        return total
 
 
 @contextlib.contextmanager
 def open_run(path: str | Path, settings: Settings) -> Iterator[Run]:
-    """Open a run directory, new or to be continued, for this process alone.
+    """Open a run directory, new or to be continued: for this process alone, or for those that ``torchrun`` started.
 
     Raises:
         UserError: it holds a run with other settings (each is named), or another process works there,
@@ -101,10 +109,12 @@ def open_run(path: str | Path, settings: Settings) -> Iterator[Run]:
     except OSError as error:
         raise _unwritable(root, error) from error
     try:
-        _take(lock, root)
         config = root / CONFIG
-        if config.exists():
+        if _take(lock, root) and config.exists():
             _sweep(root)
+        if workers() > 1:
+            fcntl.flock(lock, fcntl.LOCK_SH)
+        if config.exists():
             changed = differences(read_settings(config), settings)
             if changed:
                 raise UserError(
@@ -125,15 +135,22 @@ def _sweep(root: Path) -> None:
     Those are our ``.part`` files and safetensors' ``.tmp`` files, in the folders that only a run has and
     directly in the run directory; folders that a user keeps beside them are not entered.
     """
-    for folder in (root, root / "updates", root / "units"):
+    for folder in (root, root / "updates", root / "units", root / "fisher"):
         for path in [*folder.glob("*.safetensors.part"), *folder.glob(".tmp??????")]:
             path.unlink(missing_ok=True)
 
 
-def _take(lock: int, root: Path) -> None:
-    import fcntl
-
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise UserError(f"another process works in {root}: wait for it, or use another --out") from error
+def _take(lock: int, root: Path) -> bool:
+    """Lock the directory; returns whether for this process alone."""
+    until = time.monotonic() + _SECONDS_TO_WAIT
+    while True:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        if workers() > 1:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return False
+        if workers() == 1 or time.monotonic() > until:
+            raise UserError(f"another process works in {root}: wait for it, or use another --out")
+        time.sleep(0.1)

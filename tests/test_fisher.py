@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from attr_engine import DrawPlan, UserError, fit_fisher
-from attr_engine.fisher import Fisher
+from attr_engine.fisher import UNITS, Fisher, FisherSettings, combine, fisher_units, sum_unit
 from attr_engine.memory import peak_bytes
 from attr_engine.models.protocol import select_parameters
 from attr_engine.unlearn import query_gradient
@@ -135,35 +135,57 @@ def test_the_model_is_as_it_was(seed, rng):
 
 
 @pytest.mark.parametrize("gradients", ["batch", "loop"])
-def test_fisher_continues_from_its_checkpoint_to_the_same_bits(seed, rng, tmp_path, monkeypatch, gradients):
+def test_a_unit_continues_from_its_checkpoint_to_the_same_bits(seed, rng, tmp_path, monkeypatch, gradients):
     monkeypatch.setattr("attr_engine.fisher._SECONDS_BETWEEN_CHECKPOINTS", -1.0)
     model = helpers.ToyDenoiser(seed, dtype=torch.float32)
     model.module.register_parameter("idle", torch.nn.Parameter(torch.ones(2)))
-    tracks, plan = helpers.make_tracks(rng, 4, 3, 10), DrawPlan(seed, replicates=2)
-    whole = fit_fisher(model, tracks, ("all",), plan, 2, rows=2, gradients=gradients)
+    tracks = helpers.make_tracks(rng, 6, 3, 10)
+    settings = FisherSettings(("all",), DrawPlan(seed, replicates=2), 2, rows=2, gradients=gradients)
+    unit = range(1, 5)
+    whole, used = sum_unit(model, tracks, settings, unit)
 
     class Stopped(Exception):
         pass
 
-    def stop(done: int, total: int) -> None:
+    def stop(done: int) -> None:
         if done == 3:
             raise Stopped
 
     path = tmp_path / "so-far.safetensors"
     with pytest.raises(Stopped):
-        fit_fisher(model, tracks, ("all",), plan, 2, checkpoint=path, key="k", progress=stop, rows=2,
-                   gradients=gradients)  # fmt: skip
+        sum_unit(model, tracks, settings, unit, path, "k", stop)
     seen: list[int] = []
-    again = fit_fisher(
-        model, tracks, ("all",), plan, 2, checkpoint=path, key="k", progress=lambda d, _: seen.append(d), rows=2,
-        gradients=gradients,
-    )  # fmt: skip
-    assert seen == [2, 3, 4], "two tracks were in the checkpoint"
-    assert (again.unused, again.pairs, again.mean()) == (whole.unused, whole.pairs, whole.mean())
-    assert list(again.values) == list(whole.values)
-    assert all(torch.equal(again.values[n], whole.values[n]) for n in whole.values)
+    again, used_again = sum_unit(model, tracks, settings, unit, path, "k", seen.append)
+    assert seen == [3, 4], "two tracks were in the checkpoint"
+    assert used == used_again and "idle" not in used
+    assert list(again) == list(whole)
+    assert all(torch.equal(again[n], whole[n]) for n in whole)
     with pytest.raises(UserError, match="other settings"):
-        fit_fisher(model, tracks, ("all",), plan, 2, checkpoint=path, key="another")
+        sum_unit(model, tracks, settings, unit, path, "another")
+
+
+@pytest.mark.parametrize(("tracks", "rows"), [(1, 2), (5, 4), (40, 2), (131, 16), (1000, 16)])
+def test_units_are_few_hold_whole_passes_and_cover_every_track_once(tracks, rows):
+    settings = FisherSettings(("all",), DrawPlan(0, replicates=2), 2, rows=rows)
+    units = fisher_units(tracks, settings)
+    assert [i for unit in units for i in unit] == list(range(tracks))
+    assert 1 <= len(units) <= UNITS
+    assert all(len(unit) % settings.step == 0 for unit in units[:-1])
+    assert len({len(unit) for unit in units[:-1]}) <= 1
+
+
+def test_the_sum_of_the_units_is_the_fisher(seed, rng):
+    model = helpers.ToyDenoiser(seed, dtype=torch.float32)
+    tracks = helpers.make_tracks(rng, 37, 3, 10)
+    settings = FisherSettings(("all",), DrawPlan(seed, replicates=2), 2, rows=2)
+    units = fisher_units(37, settings)
+    assert len(units) > 3 and len(units[0]) > 1
+    sums = {i: sum_unit(model, tracks, settings, units[i]) for i in rng.permutation(len(units))}
+    by_units = combine((sums[i] for i in range(len(units))), 37 * 2)
+    whole = fit_fisher(model, tracks, ("all",), settings.plan, 2, rows=2)
+    assert all(torch.equal(by_units.values[n], v) for n, v in whole.values.items())
+    loop = naive.Loop(model, settings.plan).fisher(naive.items(tracks, model.frames), 2, False)
+    assert all(naive.relative_error(whole.values[n], v) < TOLERANCE[torch.float32] for n, v in loop.items())
 
 
 def test_a_saved_fisher_comes_back_bit_for_bit_and_in_order(seed, rng, tmp_path):
