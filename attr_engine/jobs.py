@@ -60,11 +60,11 @@ class Job:
 
     @cached_property
     def rows(self) -> int:
-        """Rows a pass: as the settings say, or as many as fit into ``memory``, chosen once for a run directory."""
+        """Rows a pass: as the settings say, or chosen to be fast and to fit into ``memory``, once for a run directory."""
         s = self.run.settings
-        if s.memory == 0.0:
+        if s.rows and s.memory == 0.0:
             return s.rows
-        key = self.key("memory", "score_draws", "unit_tracks", "functions", "gradients")
+        key = key_of(self.key("memory", "score_draws", "unit_tracks", "functions", "gradients"), s.rows)
         path = self.run.path / ROWS
         with held(self.run.path / LOCKS / "rows.lock", wait=True):
             return self._fit_rows(path, key)
@@ -82,6 +82,7 @@ class Job:
             self.model, select_parameters(self.model, s.layers), batch, self.plan, s.memory,
             s.unit_tracks * s.score_draws, influence, s.gradients,
         )  # fmt: skip
+        rows = min(rows, s.rows or rows)
         write_json(path, {"key": key, "rows": rows})
         return rows
 
@@ -158,8 +159,8 @@ def check(job: Job) -> None:
             raise UserError(f"the strength {strength} stands twice in the settings: name each once")
     for draws, what in ((s.fisher_draws, "Fisher"), (s.update_draws, "update"), (s.score_draws, "score")):
         job.plan.check(draws, f"the number of {what} draws")
-    if min(s.rows, s.unit_tracks, s.top) < 1 or min(s.threads, s.memory) < 0:
-        raise UserError("rows, unit_tracks and top must be at least 1, threads and memory at least 0")
+    if min(s.unit_tracks, s.top) < 1 or min(s.rows, s.threads, s.memory) < 0:
+        raise UserError("unit_tracks and top must be at least 1, rows, threads and memory at least 0")
     _ = job.rows  # with a bound on memory, whether anything fits is found out here
 
 
@@ -171,8 +172,7 @@ def plan_of(job: Job) -> str:
     backward = n * s.fisher_draws + kinds * (len(job.queries) + updates * (s.steps - 1)) * s.update_draws
     backward += n * s.score_draws * len({FIRST_ORDER[f] for f in s.functions if f in FIRST_ORDER})
     forward = n * s.score_draws * (1 + updates * bool(set(s.functions) - set(FIRST_ORDER)))
-    rows = f", {job.rows} rows a pass" if s.memory else ""
     return (
         f"{len(job.queries)} queries, {updates} updates, {n} tracks: {backward} gradients "
-        f"and {forward} forward passes{rows}"
+        f"and {forward} forward passes, {job.rows} rows a pass"
     )

@@ -24,6 +24,10 @@ from attr_engine.models.protocol import Denoiser
 from attr_engine.persample import SQUARES, summed_gradient
 
 MOST_ROWS = 256  # a pass of more rows is no faster
+USUAL_ROWS = 16
+# On a CPU a pass of a few long rows is slower than one row after the other, because tensors of tens of megabytes are
+# mapped anew each time; many short rows gain from each other (docs/performance.md).
+CPU_PASS_BYTES = 128e6
 
 
 class _Held(TorchDispatchMode):
@@ -71,6 +75,18 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
     work()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def cpu_rows(work: Callable[[int], object]) -> int:
+    """Rows a backward pass that is fast on a CPU: as many as hold :data:`CPU_PASS_BYTES`, 1 to :data:`USUAL_ROWS`.
+
+    Found from what passes of one and of two rows hold, not from their time: the same rows, and bits, in every run.
+
+    Args:
+        work: runs a pass with a number of rows.
+    """
+    first, second = (peak_bytes(partial(work, n), torch.device("cpu")) for n in (1, 2))
+    return max(1, min(USUAL_ROWS, 1 + int((CPU_PASS_BYTES - first) // max(second - first, 1))))
 
 
 @dataclass(frozen=True)
@@ -121,19 +137,22 @@ def fit_rows(
     parameters: Mapping[str, nn.Parameter],
     batch: Batch,
     plan: DrawPlan,
-    gigabytes: float,
-    unit_rows: int,
+    gigabytes: float = 0.0,
+    unit_rows: int = 0,
     directions: int = 0,
     gradients: str = "batch",
 ) -> int:
-    """Choose how many rows a pass may have so that no stage's tensors take more than so much memory.
+    """Choose how many rows a pass may have.
+
+    Without a bound: what is fast on a CPU (:func:`cpu_rows`), :data:`USUAL_ROWS` elsewhere. With a bound: as many as let no stage's
+    tensors take more than that, on a CPU still no more than are fast.
 
     Args:
         model: theta_0; its own weights count.
         parameters: the layer group.
         batch: some track, padded to the model's frames.
         plan: draw plan.
-        gigabytes: of 10^9 bytes, on the model's device.
+        gigabytes: of 10^9 bytes, on the model's device; 0 for no bound.
         unit_rows: (track, draw) pairs of a durable unit of scoring.
         directions: updates that one backward pass meets (influence); 0 for none.
         gradients: of the Fisher, ``"batch"`` or ``"loop"``.
@@ -145,17 +164,22 @@ def fit_rows(
         UserError: not even one row fits; names the stage and what it needs.
     """
     device = next(model.module.parameters()).device
-    weights = sum(x.numel() * x.element_size() for x in model.module.state_dict().values())
-    rows = MOST_ROWS
-    for name, one in _passes(model, parameters, batch, plan, unit_rows, directions, gradients).items():
+    passes = _passes(model, parameters, batch, plan, unit_rows, directions, gradients)
+    for one in passes.values():
         one.work(1)  # whatever is only made once, such as cached conditioning
+    rows = MOST_ROWS if gigabytes else USUAL_ROWS
+    if device.type == "cpu":
+        rows = cpu_rows(passes["the Fisher"].work)
+    if not gigabytes:
+        return rows
+    weights = sum(x.numel() * x.element_size() for x in model.module.state_dict().values())
+    for name, one in passes.items():
         first, second = (peak_bytes(partial(one.work, n), device) for n in (1, 2))
-        slope = max(second - first, 1)
         room = gigabytes * 1e9 - weights - one.held - first
         if room < 0:
             need = (weights + one.held + first) / 1e9
             raise UserError(
                 f"{name} takes {need:.3g} GB with one row, more than --memory {gigabytes:g}: allow more, or name fewer --layers"
             )
-        rows = min(rows, 1 + int(room // slope))
+        rows = min(rows, 1 + int(room // max(second - first, 1)))
     return rows

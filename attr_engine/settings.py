@@ -63,10 +63,13 @@ class Settings:
     seed: int = _option(0, "seed of all draws")
     dtype: str = _option("float32", "dtype of the denoiser", ("float32", "bfloat16", "float64"))
     device: str = _option("cpu", "torch device, e.g. cpu or cuda")
-    rows: int = _option(16, "(track, draw) pairs a pass through the model")
+    rows: int = _option(
+        0,
+        "(track, draw) pairs a pass through the model (0: what is fast on a CPU, 16 on a GPU, less within --memory)",
+    )
     memory: float = _option(
         0.0,
-        "GB that the tensors of a run, the model's included, may take: rows a pass are chosen to fit (0: --rows counts)",
+        "GB that the tensors of a run, the model's included, may take: rows a pass are chosen to fit (0: no bound)",
     )
     gradients: str = _option(
         "batch",

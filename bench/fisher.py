@@ -20,7 +20,7 @@ import fisher_client as client
 import fisher_report as report
 import stream_report
 
-OURS = ("backward", "engine", "engine, one row a pass", "loop", "vmap")
+OURS = ("backward", "engine", "engine, all rows a pass", "loop", "vmap")
 # The distribution that each peer needs.
 PEERS = {"opacus": "opacus", "backpack": "backpack-for-pytorch", "backpack BatchGrad": "backpack-for-pytorch",
          "kronfluence": "kronfluence", "kronfluence, no files": "kronfluence"}  # fmt: skip

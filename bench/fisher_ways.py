@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -109,24 +108,37 @@ def backward(case: Case, only: Sequence[str]) -> Way:
     return Way(lambda: torch.autograd.grad(case.loss(case.rows).sum(), parameters), None)
 
 
-def engine(case: Case, only: Sequence[str], together: int = 0) -> Way:
-    """Per-sample gradients of so many rows in one backward pass; 0: of all."""
+def engine(case: Case, only: Sequence[str], together: int | None = None) -> Way:
+    """Per-sample gradients of so many rows in one backward pass; by default as many as the engine takes on a CPU."""
+    from attr_engine.memory import cpu_rows
     from attr_engine.persample import add_squares, per_sample_backward
 
     parameters = {name: case.parameters[name] for name in only}
     model, count = SimpleNamespace(module=case.model), len(case.rows[1])
 
+    def one_pass(total: Sums, rows: tuple[Tensor, ...]) -> None:
+        per_sample_backward(
+            model, parameters, SimpleNamespace(t=rows[1]),  # type: ignore[arg-type]  # only the function looks at them
+            lambda name, gradient: add_squares(total[name], gradient), lambda *_: case.loss(rows),
+        )  # fmt: skip
+
+    def first(n: int) -> None:
+        one_pass(case.zeros(only), tuple(x[[0] * n] for x in case.rows))
+
+    step = together or cpu_rows(first)
+
     def run() -> Sums:
         total = case.zeros(only)
-        for first in range(0, count, together or count):
-            rows = tuple(x[first : first + (together or count)] for x in case.rows)
-            per_sample_backward(
-                model, parameters, SimpleNamespace(t=rows[1]),  # type: ignore[arg-type]  # only the function looks at them
-                lambda name, gradient: add_squares(total[name], gradient), lambda *_, rows=rows: case.loss(rows),
-            )  # fmt: skip
+        for k in range(0, count, step):
+            one_pass(total, tuple(x[k : k + step] for x in case.rows))
         return total
 
     return Way(run)
+
+
+def whole_batch(case: Case, only: Sequence[str]) -> Way:
+    """The engine with all rows in one backward pass."""
+    return engine(case, only, len(case.rows[1]))
 
 
 def loop(case: Case, only: Sequence[str]) -> Way:
@@ -168,7 +180,7 @@ def vmap(case: Case, only: Sequence[str]) -> Way:
 WAYS: dict[str, Make] = {
     "backward": backward,
     "engine": engine,
-    "engine, one row a pass": partial(engine, together=1),
+    "engine, all rows a pass": whole_batch,
     "loop": loop,
     "vmap": vmap,
 }

@@ -67,6 +67,13 @@ def supported(device: torch.device) -> bool:
     return have_triton() and _capability(device.index or 0)[0] >= 8
 
 
+def plain(*tensors: Tensor) -> bool:
+    """Whether these are ordinary tensors on a CPU in an ordinary call: no compiler or fake tensor has to see it."""
+    return not torch.compiler.is_compiling() and all(
+        type(x) is Tensor and x.device.type == "cpu" for x in tensors
+    )
+
+
 def fused(device: torch.device) -> bool:
     """Whether noise is made again inside the kernels that need it, instead of being stored."""
     return interpreting() if device.type != "cuda" else supported(device)

@@ -270,8 +270,8 @@ def _run_cuda(fisher: Tensor, g: Tensor, a: Tensor, weights: Tensor | None) -> N
     return run_products(fisher, g, a, weights, GPU_SCRATCH)
 
 
-@torch.library.custom_op("attr_engine::squared_gradient_", mutates_args=("fisher",), device_types="cpu")
-def _operation(fisher: Tensor, g: Tensor, a: Tensor, weights: Tensor | None = None) -> None:
+@torch.no_grad()
+def _run_cpu(fisher: Tensor, g: Tensor, a: Tensor, weights: Tensor | None) -> None:
     if g.numel() == 0 or a.numel() == 0:
         return
     if launch.interpreting() and g.dtype != torch.float64 and fisher.dtype == torch.float32:
@@ -282,6 +282,11 @@ def _operation(fisher: Tensor, g: Tensor, a: Tensor, weights: Tensor | None = No
             _one_token(fisher, g[:, 0], a[:, 0], weights)
         else:
             run_products(fisher, g, a, weights, CPU_SCRATCH)
+
+
+@torch.library.custom_op("attr_engine::squared_gradient_", mutates_args=("fisher",), device_types="cpu")
+def _operation(fisher: Tensor, g: Tensor, a: Tensor, weights: Tensor | None = None) -> None:
+    _run_cpu(fisher, g, a, weights)
 
 
 @_operation.register_kernel("cuda")
@@ -331,7 +336,9 @@ def squared_gradient_(fisher: Tensor, g: Tensor, a: Tensor, weights: Tensor | No
                 f"squared_gradient_: weights {tuple(weights.shape)} must be {tuple(g.shape[:1])}"
             )
         weights = weights.to(device=g.device, dtype=launch.accumulator(g.dtype))
-    _operation(fisher, g, a, weights)
+    # An operator's way through the dispatcher takes longer than a small product.
+    run = _run_cpu if launch.plain(fisher, g, a) else _operation
+    run(fisher, g, a, weights)
     return fisher
 
 

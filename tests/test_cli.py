@@ -292,7 +292,7 @@ def test_the_doctor_answers_line_by_line(capsys):
         ({"update_draws": "-4"}, "update draws"),
         ({"fisher_draws": "3"}, "Fisher draws"),
         ({"replicates": "0"}, "replicates"),
-        ({"rows": "0"}, "rows"),
+        ({"rows": "-1"}, "rows"),
         ({"unit_tracks": "0"}, "unit_tracks"),
         ({"threads": "-1"}, "threads"),
         ({"top": "0"}, "top"),
