@@ -55,8 +55,7 @@ def fisher_stage(job: Job) -> Fisher:
     job.run.record()
     if not path.exists():
         check_fisher(job.model, job.tracks, _fisher_settings(job))
-        with job.run.stage("fisher"):
-            _sum_units(job, path, key)
+        _sum_units(job, path, key)
     fisher = Fisher.load(path, key)
     shutil.rmtree(path.with_suffix(""), ignore_errors=True)
     return fisher
@@ -80,7 +79,8 @@ def _sum_units(job: Job, finished: Path, key: str) -> None:
         save_tensors(paths[i], sums, {"key": key, "used": sorted(used)})
         checkpoint.unlink(missing_ok=True)
 
-    run_units(paths, compute, finished, job.run.path / LOCKS / "fisher", lambda _: show(known(), total))
+    with job.run.stage("fisher"):
+        run_units(paths, compute, finished, job.run.path / LOCKS / "fisher", lambda _: show(known(), total))
     with once(job.run.path / LOCKS / "fisher.lock", finished) as mine:
         if mine:
             sums = ((values, meta["used"]) for values, meta in (load_tensors(p, key) for p in paths))
@@ -166,11 +166,12 @@ def score_stage(job: Job) -> Effects:
                 folder / LOCKS / "score",
                 lambda done: show(done, len(units)),
             )
-            with once(folder / LOCKS / "score.lock", finished) as mine:
-                if mine:
-                    effects = _joined([_effects(load_tensors(path, key)[0]) for path in paths])
-                    _check_finite(job, effects)
-                    save_tensors(finished, _tensors(effects), {"key": key})
+        # After the stage's time is on disk: what is finished does not enter the stage again.
+        with once(folder / LOCKS / "score.lock", finished) as mine:
+            if mine:
+                effects = _joined([_effects(load_tensors(path, key)[0]) for path in paths])
+                _check_finite(job, effects)
+                save_tensors(finished, _tensors(effects), {"key": key})
     effects = _effects(load_tensors(finished, key)[0])
     for name in ("units", LOCKS):
         shutil.rmtree(folder / name, ignore_errors=True)

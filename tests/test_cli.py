@@ -1,6 +1,7 @@
 """The command line: from audio to a report, replays, and one sentence for every mistake."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,8 @@ COMMANDS = (
     "shards",
     "train",
     "generate",
+    "index",
+    "search",
     "fisher",
     "unlearn",
     "score",
@@ -188,6 +191,63 @@ def test_a_run_that_is_done_is_not_computed_again(world, tmp_path):
     }
     assert run("attribute", "--out", tmp_path / "run") == 0
     assert all((tmp_path / "run" / n).stat().st_mtime_ns == s for n, s in stamps.items())
+
+
+def test_an_index_is_built_and_searched(world, tmp_path, capsys):
+    assert (
+        run(
+            "index",
+            "--model",
+            world / "model",
+            "--data",
+            world / "latents",
+            "--rank",
+            4,
+            "--out",
+            tmp_path / "i",
+        )
+        == 0
+    )
+    assert "6 tracks of" in capsys.readouterr().out
+    call = ["search", "--index", tmp_path / "i", "--model", world / "model", "--queries", world / "latents"]
+    assert run(*call, "--top", 2, "--out", tmp_path / "s.parquet") == 0
+    out = capsys.readouterr().out
+    assert out.count("\n   1. ") == 6 and out.count("\n   2. ") == 6 and "   3. " not in out
+    result = Attribution.from_parquet(tmp_path / "s.parquet")
+    assert len(result.tracks) == 6 and list(result.values) == ["index"]
+    own = [result.top(1, name)[0].track == name for name in result.tracks]
+    assert sum(own) >= 5, "a training track's gradient is nearest to its own"
+    other = complaint(
+        capsys, "index", "--model", world / "model", "--data", world / "latents", "--out", tmp_path / "i"
+    )
+    assert "other settings" in other
+
+
+@pytest.mark.slow
+def test_processes_of_one_torchrun_give_the_bits_of_one(world, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "attr_engine.cli",
+    ]
+    command += [
+        "attribute",
+        "--config",
+        str(world / "run" / "config.json"),
+        "--out",
+        str(tmp_path / "shared"),
+    ]
+    root = str(Path(main.__code__.co_filename).parents[1])
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("report: ") == 1
+    for name in ("scores.csv", "fisher.safetensors"):
+        assert (tmp_path / "shared" / name).read_bytes() == (world / "run" / name).read_bytes()
 
 
 def test_pieces_are_generated_and_can_be_attributed(world, tmp_path):
