@@ -25,8 +25,8 @@ from attr_engine.persample import SQUARES, summed_gradient
 
 MOST_ROWS = 256  # a pass of more rows is no faster
 USUAL_ROWS = 16
-# On a CPU a pass of a few long rows is slower than one row after the other, because tensors of tens of megabytes are
-# mapped anew each time; many short rows gain from each other (docs/performance.md).
+# On a CPU a pass of a few long rows is no faster than one row after the other and takes more memory; many short rows gain
+# from each other (docs/performance.md).
 CPU_PASS_BYTES = 128e6
 
 
