@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from attr_engine import progress
-from attr_engine.diffusion import ROW_FUNCTIONS, DrawPlan
+from attr_engine.diffusion import ROW_FUNCTIONS, DrawPlan, noised_rows
 from attr_engine.errors import UserError
 from attr_engine.features import Projector, track_features
 from attr_engine.files import whole_file, write_json
 from attr_engine.latents.batch import Tracks, check_tracks
 from attr_engine.models.checkpoint import read_json
 from attr_engine.models.protocol import Denoiser, select_parameters
+from attr_engine.persample import check_against_loop
 from attr_engine.result import Attribution
 from attr_engine.runs import key_of
 from attr_engine.tensorfile import load_tensors, save_tensors
@@ -105,6 +106,18 @@ class _Maker:
         self._projector = Projector(self._parameters, settings.projection, settings.rank, settings.seed)
         self.width = self._projector.width
 
+    def compare(self, tracks: Tracks) -> None:
+        """Compare the gradients of a few rows in a batch with those of single rows.
+
+        Raises:
+            UserError: they differ, by name of the parameter.
+        """
+        s = self._settings
+        batch = tracks.batch(range(min(2, len(tracks))), self._model.frames)
+        pairs = [(i, d) for i in range(len(batch.ids)) for d in range(2)]
+        make = partial(noised_rows, self._model, batch, plan=s.draw_plan, purpose="score", masked=s.masked)
+        check_against_loop(self._model, self._parameters, make, pairs, ROW_FUNCTIONS[s.function])
+
     def __call__(self, tracks: Tracks, indices: Sequence[int], purpose: Any) -> Tensor:
         """``[len(indices), width]``, in the work dtype."""
         s = self._settings
@@ -131,7 +144,8 @@ def build_index(
         settings: see :class:`IndexSettings`.
 
     Raises:
-        UserError: unusable settings or tracks, or a folder that holds another index.
+        UserError: unusable settings or tracks, a model whose per-sample gradients in a batch are not those of single
+            rows, or a folder that holds another index.
     """
     settings, folder = settings or IndexSettings(), Path(folder)
     check_tracks(tracks, model.channels, model.frames, "training")
@@ -139,6 +153,7 @@ def build_index(
     if finished.exists():
         return Index.open(folder, key)
     maker = _Maker(model, settings)
+    maker.compare(tracks)
     units = [range(i, min(i + _UNIT_TRACKS, len(tracks))) for i in range(0, len(tracks), _UNIT_TRACKS)]
     paths = [folder / "units" / f"{i:06d}.safetensors" for i in range(len(units))]
     show = progress.bar(f"{maker.width} numbers a track", "unit")
@@ -228,10 +243,9 @@ class Index:
     def _check(self) -> None:
         try:
             shape = self.features.shape
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{self.folder / FEATURES} cannot be read ({error}): build the index again"
-            ) from error
+            _ = self.ids, self.settings
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{self.folder} cannot be read ({error}): build the index again") from error
         if shape != (self.meta.get("tracks"), self.meta.get("width")) or len(self.ids) != shape[0]:
             raise UserError(
                 f"{self.folder} is damaged: its files do not belong together; build the index again"

@@ -132,7 +132,7 @@ def test_an_index_continues_and_opens_to_the_same_bits(setting, tmp_path, monkey
 
     def stops(*arguments):
         calls.append(0)
-        if len(calls) == 3:
+        if len(calls) == 5 + 3:  # 5 compare the first rows
             raise KeyboardInterrupt
         return predict(*arguments)
 
@@ -143,14 +143,14 @@ def test_an_index_continues_and_opens_to_the_same_bits(setting, tmp_path, monkey
     with pytest.raises(UserError, match="no index"):
         Index.open(tmp_path / "index")
     again = build_index(model, tracks, tmp_path / "index", s)
-    assert len(calls) == 3 + 3, "two of five units were there"
+    assert len(calls) == 8 + 5 + 3, "two of five units were there"
     for name in (META, IDS, FEATURES, SOLVER):
         assert (tmp_path / "index" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert {p.name for p in again.folder.iterdir()} == {META, IDS, FEATURES, SOLVER}
     model.predict = predict
     assert np.array_equal(again.search(model, queries), whole.search(model, queries))
     build_index(model, tracks, tmp_path / "index", s)
-    assert len(calls) == 6, "an index that is there is opened"
+    assert len(calls) == 16, "an index that is there is opened"
 
 
 def test_what_does_not_belong_together_is_refused(setting, seed, tmp_path):
@@ -172,6 +172,18 @@ def test_what_does_not_belong_together_is_refused(setting, seed, tmp_path):
     np.save(path, np.array([{}] * 3), allow_pickle=True)
     with pytest.raises(UserError, match="cannot be read"):
         Index.open(tmp_path / "index")
+    path.write_bytes(data)
+    (tmp_path / "index" / IDS).write_text("[")
+    with pytest.raises(UserError, match="cannot be read"):
+        Index.open(tmp_path / "index")
+
+
+def test_a_model_that_mixes_rows_is_refused(setting, tmp_path):
+    model, tracks, _ = setting
+    predict = model.predict
+    model.predict = lambda x, t, c: predict(x - x.mean(dim=0), t, c)
+    with pytest.raises(UserError, match="mixes rows"):
+        build_index(model, tracks, tmp_path / "index", WHOLE)
 
 
 @pytest.mark.parametrize(
