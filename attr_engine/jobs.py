@@ -15,6 +15,7 @@ from attr_engine.latents.batch import Tracks, check_tracks
 from attr_engine.memory import fit_rows
 from attr_engine.models.checkpoint import read_json
 from attr_engine.models.protocol import Denoiser, select_parameters
+from attr_engine.persample import SQUARES
 from attr_engine.runs import LOCKS, Run, key_of
 from attr_engine.score import FIRST_ORDER, score_function
 from attr_engine.settings import to_json
@@ -161,6 +162,8 @@ def check(job: Job) -> None:
         job.plan.check(draws, f"the number of {what} draws")
     if min(s.unit_tracks, s.top) < 1 or min(s.rows, s.threads, s.memory) < 0:
         raise UserError("unit_tracks and top must be at least 1, rows, threads and memory at least 0")
+    if s.gradients not in SQUARES:
+        raise UserError(f"gradients are {s.gradients!r}: use one of {', '.join(SQUARES)}")
     _ = job.rows  # with a bound on memory, whether anything fits is found out here
 
 

@@ -313,6 +313,8 @@ def test_a_refused_call_leaves_the_directory_free(seed, tmp_path):
         ({"replicates": 0}, "replicates"),
         ({"plan": "batch"}, "batch"),
         ({"rows": -1}, "rows"),
+        ({"rows": 0, "gradients": "vmap"}, "vmap"),
+        ({"memory": -1.0}, "memory"),
         ({"unit_tracks": 0}, "unit_tracks"),
         ({"self_influence": ("nobody",)}, "nobody"),
         ({"self_influence": ("q0",)}, "q0"),
