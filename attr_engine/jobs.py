@@ -78,7 +78,7 @@ class Job:
             if kept.get("key") == key:
                 return int(kept["rows"])
         batch = self.tracks.batch([0], self.model.frames)
-        influence = len(self.queries) * len(s.strengths) if set(s.functions) & set(FIRST_ORDER) else 0
+        influence = len(self.queries) * len(s.strengths) if self.first_order else 0
         rows = fit_rows(
             self.model, select_parameters(self.model, s.layers), batch, self.plan, s.memory,
             s.unit_tracks * s.score_draws, influence, s.gradients,
@@ -98,10 +98,20 @@ class Job:
         )
 
     @property
+    def first_order(self) -> tuple[str, ...]:
+        """Whose gradients the tracks' scores to first order take, each once."""
+        named = (FIRST_ORDER[name] for name in self.run.settings.functions if name in FIRST_ORDER)
+        return tuple(dict.fromkeys(named))
+
+    @property
+    def needs_forward(self) -> bool:
+        """Whether a score function needs forward passes under the updates."""
+        return bool(set(self.run.settings.functions) - set(FIRST_ORDER))
+
+    @property
     def row_functions(self) -> tuple[str, ...]:
         """Whose gradients give updates: the loss's always, others where a score function needs them."""
-        named = [FIRST_ORDER[name] for name in self.run.settings.functions if name in FIRST_ORDER]
-        return tuple(dict.fromkeys(["loss", *named]))
+        return tuple(dict.fromkeys(["loss", *self.first_order]))
 
     def update_path(self, query: Query, strength: float, function: str = "loss") -> Path:
         """Where the update of a query lies; ids are hashed, because they may hold anything."""
@@ -173,8 +183,8 @@ def plan_of(job: Job) -> str:
     updates = len(job.queries) * len(s.strengths)
     kinds = len(job.row_functions)
     backward = n * s.fisher_draws + kinds * (len(job.queries) + updates * (s.steps - 1)) * s.update_draws
-    backward += n * s.score_draws * len({FIRST_ORDER[f] for f in s.functions if f in FIRST_ORDER})
-    forward = n * s.score_draws * (1 + updates * bool(set(s.functions) - set(FIRST_ORDER)))
+    backward += n * s.score_draws * len(job.first_order)
+    forward = n * s.score_draws * (1 + updates * job.needs_forward)
     return (
         f"{len(job.queries)} queries, {updates} updates, {n} tracks: {backward} gradients "
         f"and {forward} forward passes, {job.rows} rows a pass"

@@ -124,12 +124,14 @@ def _passes(
     def forward(rows: int) -> object:
         return predict(model, make([(0, d) for d in range(rows)]))
 
-    return {
+    found = {
         "the Fisher": Pass(squares, group),  # the comparison with single rows holds two sums
         "unlearning": Pass(gradient, 5 * group),  # Fisher, mean gradient, direction, update, theta_0
         "scoring": Pass(forward, 2 * group + unit_rows * latents),  # update, theta_0
-        "influence": Pass(squares, (directions - 1) * group if directions else 0),
     }
+    if directions:  # in place of the Fisher's sum
+        found["influence"] = Pass(squares, (directions - 1) * group)
+    return found
 
 
 def fit_rows(
@@ -165,15 +167,16 @@ def fit_rows(
     """
     device = next(model.module.parameters()).device
     passes = _passes(model, parameters, batch, plan, unit_rows, directions, gradients)
-    for one in passes.values():
-        one.work(1)  # whatever is only made once, such as cached conditioning
     rows = MOST_ROWS if gigabytes else USUAL_ROWS
     if device.type == "cpu":
-        rows = cpu_rows(passes["the Fisher"].work)
+        fisher = passes["the Fisher"].work
+        fisher(1)  # whatever is only made once, such as cached conditioning
+        rows = cpu_rows(fisher)
     if not gigabytes:
         return rows
     weights = sum(x.numel() * x.element_size() for x in model.module.state_dict().values())
     for name, one in passes.items():
+        one.work(1)
         first, second = (peak_bytes(partial(one.work, n), device) for n in (1, 2))
         room = gigabytes * 1e9 - weights - one.held - first
         if room < 0:

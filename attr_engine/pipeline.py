@@ -148,7 +148,7 @@ def score_stage(job: Job) -> Effects:
     """Measure every track under every update, unit by unit; each unit is durable once done."""
     s, folder = job.run.settings, job.run.path
     queries = [(q.id, q.tracks.fingerprint) for q in job.queries]
-    measured = [name in s.functions for name in FIRST_ORDER] if set(s.functions) & set(FIRST_ORDER) else []
+    measured = [name in s.functions for name in FIRST_ORDER] if job.first_order else []
     key = key_of(
         job.key(*UPDATE_SETTINGS, "strengths", "mask_score", "score_draws", "unit_tracks"), queries, *measured
     )
@@ -182,14 +182,14 @@ def _measure(job: Job, indices: Sequence[int]) -> Effects:
     """Effects of every update on some tracks; forward passes under the updates only where a score needs them."""
     s = job.run.settings
     batch = job.tracks.batch(indices, job.model.frames)
-    forward = _loads(job, "loss") if set(s.functions) - set(FIRST_ORDER) else []
+    forward = _loads(job, "loss") if job.needs_forward else []
     effects = measure_effects(job.model, batch, forward, job.plan, s.score_draws, s.mask_score, job.rows)
     influence = {
         name: measure_influence(
             job.model, select_parameters(job.model, s.layers), batch, _loads(job, name), job.plan, s.score_draws,
             s.mask_score, job.rows, ROW_FUNCTIONS[name], s.gradients,
         )
-        for name in dict.fromkeys(FIRST_ORDER[f] for f in s.functions if f in FIRST_ORDER)
+        for name in job.first_order
     }  # fmt: skip
     return replace(effects, influence=influence)
 

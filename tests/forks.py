@@ -53,6 +53,13 @@ def small(**changes: Any) -> Any:
     return Settings(**{**values, **changes})
 
 
+def bits(folder: Path) -> dict[str, bytes]:
+    """What has to be the same after any interruption, and whoever shared the work."""
+    from attr_engine.pipeline import EFFECTS, FISHER, SCORES_CSV, SCORES_PARQUET
+
+    return {name: (folder / name).read_bytes() for name in (FISHER, EFFECTS, SCORES_PARQUET, SCORES_CSV)}
+
+
 def _die_at(what: str, count: int, counts: dict[str, int]) -> None:
     if counts[what] == count:
         os.kill(os.getpid(), signal.SIGKILL)

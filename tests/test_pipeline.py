@@ -25,7 +25,7 @@ from safetensors import safe_open
 import attr_engine
 from attr_engine import SCORE_FUNCTIONS, Attribution, Settings, UserError, attribute
 from attr_engine.diffusion import ROW_FUNCTIONS
-from attr_engine.pipeline import EFFECTS, FISHER, SCORES_CSV, SCORES_PARQUET
+from attr_engine.pipeline import EFFECTS, SCORES_PARQUET
 from attr_engine.runs import open_run
 from attr_engine.tensorfile import load_tensors
 
@@ -108,11 +108,6 @@ def names(folder: Path) -> set[str]:
     return {str(p.relative_to(folder)) for p in folder.rglob("*")}
 
 
-def bits(folder: Path) -> dict[str, bytes]:
-    """What has to be the same after any interruption."""
-    return {name: (folder / name).read_bytes() for name in (FISHER, EFFECTS, SCORES_PARQUET, SCORES_CSV)}
-
-
 @pytest.fixture
 def whole(process, seed, tmp_path) -> tuple[Path, dict[str, Any]]:
     """A run without interruption, and what its child counted."""
@@ -146,7 +141,7 @@ def test_a_run_killed_anywhere_carries_on_to_the_same_bits(process, whole, seed,
             check_whole(out)
         assert process.run(out=out, seed=seed)["code"] == 0
         check_whole(out)
-        assert bits(out) == bits(reference)
+        assert forks.bits(out) == forks.bits(reference)
         assert names(out) == names(reference), "nothing is left lying about"
 
 
@@ -162,7 +157,7 @@ def test_a_run_killed_between_or_within_files_carries_on_to_the_same_bits(
         assert process.run(out=out, seed=seed, die=[what, int(n)])["code"] == -signal.SIGKILL
         check_whole(out)
         assert process.run(out=out, seed=seed)["code"] == 0
-        assert bits(out) == bits(reference)
+        assert forks.bits(out) == forks.bits(reference)
         assert names(out) == names(reference)
 
 
@@ -179,7 +174,7 @@ def test_a_run_killed_at_any_moment_carries_on_to_the_same_bits(process, whole, 
         code = process.end()["code"]
         assert code in (0, -signal.SIGKILL)
         check_whole(out)
-    assert bits(out) == bits(reference)
+    assert forks.bits(out) == forks.bits(reference)
 
 
 def test_a_killed_run_does_not_begin_again(process, seed, tmp_path):

@@ -13,7 +13,6 @@ import pytest
 
 import attr_engine
 from attr_engine import UserError, attribute
-from attr_engine.pipeline import EFFECTS, FISHER, SCORES_CSV, SCORES_PARQUET
 from attr_engine.runs import LOCKS
 from attr_engine.units import held, once, run_units
 
@@ -115,21 +114,17 @@ class Workers:
         return out
 
 
-def bits(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in (FISHER, EFFECTS, SCORES_PARQUET, SCORES_CSV)}
-
-
 def alone(seed, out, **changes):
     model, tracks, queries = forks.make(seed)
     attribute(model, tracks, queries, forks.small(**changes), out)
-    return bits(out)
+    return forks.bits(out)
 
 
 def test_several_processes_give_the_bits_of_one(seed, tmp_path):
     workers = Workers(tmp_path / "shared", seed, [0.0, 0.0, 0.0])
     workers.go()
     results = workers.results()
-    assert bits(tmp_path / "shared") == alone(seed, tmp_path / "alone")
+    assert forks.bits(tmp_path / "shared") == alone(seed, tmp_path / "alone")
     assert len(results) == 3 and len({r["first"] for r in results}) == 1
     whole = sum(r["passes"] for r in results)
     # 3 passes of each process compare the first rows; everything else is done once, by somebody.
@@ -148,7 +143,7 @@ def test_a_slow_process_holds_nobody_up(seed, tmp_path):
     workers.go()
     slow, fast = workers.results()
     assert slow["passes"] < fast["passes"]
-    assert bits(tmp_path / "shared") == alone(seed, tmp_path / "alone", **changes)
+    assert forks.bits(tmp_path / "shared") == alone(seed, tmp_path / "alone", **changes)
 
 
 def test_killed_workers_are_replaced_and_the_bits_stay(seed, rng, tmp_path):
@@ -166,7 +161,7 @@ def test_killed_workers_are_replaced_and_the_bits_stay(seed, rng, tmp_path):
             workers.processes[2].kill()
         workers.results()
     assert Workers(out, seed, [0.0]).processes[0].communicate("go\n", timeout=120)
-    assert bits(out) == reference
+    assert forks.bits(out) == reference
 
 
 def test_a_process_that_does_not_belong_to_them_is_refused(seed, tmp_path):
