@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from attr_engine.diffusion import DrawPlan
+    from attr_engine.effects import measure_effects
     from attr_engine.errors import UserError
     from attr_engine.fisher import Fisher, fit_fisher
     from attr_engine.latents import LatentDataset, LatentWriter, MemoryTracks
     from attr_engine.models.stable_audio import load_model
     from attr_engine.pipeline import attribute
     from attr_engine.result import Attribution
-    from attr_engine.score import SCORE_FUNCTIONS, measure_effects, scores
+    from attr_engine.score import SCORE_FUNCTIONS, scores
     from attr_engine.settings import Settings
-    from attr_engine.unlearn import Update, unlearn_query
+    from attr_engine.unlearn import unlearn_query
+    from attr_engine.updates import Update
 
 __version__ = "0.1.0"
 
@@ -30,12 +32,12 @@ _HOMES = {
     "LatentWriter": "latents",
     "MemoryTracks": "latents",
     "Settings": "settings",
-    "Update": "unlearn",
+    "Update": "updates",
     "UserError": "errors",
     "attribute": "pipeline",
     "fit_fisher": "fisher",
     "load_model": "models.stable_audio",
-    "measure_effects": "score",
+    "measure_effects": "effects",
     "scores": "score",
     "unlearn_query": "unlearn",
 }

@@ -20,7 +20,7 @@ _RUN_TEXTS = {
     "unlearn": "unlearn every query (fits the Fisher first)",
     "score": "score every training track for every query (all stages, no report)",
     "attribute": "all of it: Fisher, unlearning, scores, report",
-    "report": "write the report of a run again, e.g. with another --top or --shares",
+    "report": "write the report of a run again, e.g. with another --show or --shares",
 }
 _RUN_EXAMPLES = """examples:
   attr-engine {0} --model model --data latents --queries pieces/ --out run
@@ -71,7 +71,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
     """Settings of a call: the config file (or the run's own), then the flags."""
     names = {spec.name for spec in dataclasses.fields(Settings)}
     flags = {name: value for name, value in vars(args).items() if name in names}
-    for name in ("model", "weights", "data"):  # a config has to mean the same from any folder
+    for name in ("model", "weights", "data", "cache"):  # a config has to mean the same from any folder
         if flags.get(name):
             flags[name] = str(Path(flags[name]).resolve())
     if "queries" in flags:

@@ -7,19 +7,21 @@ forward and one backward pass through a track serve all queries, and no per-samp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from attr_engine import kernels
-from attr_engine.diffusion import DrawPlan, Noised, RowFunction, losses, noised_rows
+from attr_engine.diffusion import DrawPlan, Noised, RowFunction, losses, noised_rows, row_losses
+from attr_engine.effects import checked_draws
 from attr_engine.errors import UserError
 from attr_engine.latents.batch import Batch
 from attr_engine.models.protocol import Denoiser
 from attr_engine.persample import per_sample_backward, summed_gradient
-from attr_engine.unlearn import Update
+from attr_engine.updates import Directions, Update
 from attr_engine.uses import Factors
 
 DIRECTION_BYTES = 2**33  # of the updates that one backward pass meets; more of them take another pass
@@ -92,69 +94,76 @@ def one_row_dots(
     return torch.stack(parts).sum(dim=0)
 
 
-def _chunks(updates: Sequence[Callable[[], Update]]) -> Iterator[list[Update]]:
-    """Updates, as many at a time as :data:`DIRECTION_BYTES` holds."""
-    held: list[Update] = []
-    room = 0
-    for load in updates:
-        update = load()
-        size = sum(value.numel() * value.element_size() for value in update.delta.values())
-        if held and size > room:
-            yield held
-            held = []
-        room = (room if held else DIRECTION_BYTES) - size
-        held.append(update)
-    if held:
-        yield held
+class _Recorder:
+    """A denoiser that keeps what it last predicted."""
+
+    def __init__(self, model: Denoiser) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def predict(self, *inputs: Any) -> Tensor:
+        out = self._model.predict(*inputs)
+        self.last = out.detach()
+        return out
 
 
 def measure_influence(
     model: Denoiser,
     parameters: Mapping[str, nn.Parameter],
     batch: Batch,
-    updates: Sequence[Callable[[], Update]],
+    updates: Directions | Sequence[Callable[[], Update]],
     plan: DrawPlan,
-    draws: int,
+    draws: int | range,
     masked: bool = False,
     rows: int = 16,
     function: RowFunction = losses,
     gradients: str = "batch",
-) -> np.ndarray:
+    tick: Callable[[], None] = lambda: None,
+) -> tuple[np.ndarray, np.ndarray]:
     """Per-draw influence of a few tracks on every query.
 
     Args:
         model: theta_0.
         parameters: the layer group that the updates are of.
         batch: the tracks, padded to the model's frames.
-        updates: one function an update that returns it; of ``function`` (:func:`attr_engine.unlearn.unlearn_query`).
+        updates: of ``function`` (:func:`attr_engine.unlearn.unlearn_query`): one function an update that returns it, or those
+            of several batches in one place.
         plan: draw plan; the purpose is ``score``.
-        draws: D, a multiple of the plan's replicates.
+        draws: D, a multiple of the plan's replicates; or a range of draws that begins with such a multiple.
         masked: M_L, whether only valid frames of the tracks count.
         rows: (track, draw) pairs a backward pass.
         function: f, of (model, noised rows).
         gradients: ``"batch"`` or ``"loop"``, as in :func:`attr_engine.fisher.fit_fisher`, which also compares the
             two; a model that no Fisher was fitted of should be compared by
             :func:`attr_engine.persample.check_against_loop` first.
+        tick: called before every pass; what it raises ends the measurement.
 
     Returns:
-        float64 ``[U, N, D]``.
+        Influence, float64 ``[U, N, D]``, and the loss under theta_0, float64 ``[N, D]``, which comes for nothing.
 
     Raises:
         UserError: an unusable number of draws, or a parameter that is not covered.
     """
-    plan.check(draws, "the number of score draws")
+    draws = checked_draws(plan, draws)
     if gradients not in ("batch", "loop"):
         raise UserError(f"gradients={gradients!r}: use 'batch' or 'loop'")
     measure, rows = (row_dots, rows) if gradients == "batch" else (one_row_dots, 1)
-    pairs = [(i, d) for i in range(len(batch.ids)) for d in range(draws)]
-    tables = [torch.zeros(0, len(batch.ids), draws, dtype=torch.float64)]
-    for held in _chunks(updates):
-        directions = {
-            name: torch.stack([u.delta[name].to(p.device) for u in held]) for name, p in parameters.items()
-        }
-        found = []
+    directions = (
+        updates if isinstance(updates, Directions) else Directions(parameters, updates, DIRECTION_BYTES)
+    )
+    pairs = [(i, d) for i in range(len(batch.ids)) for d in draws]
+    shape = (len(batch.ids), len(draws))
+    recorder, base = _Recorder(model), np.full(shape, np.nan)
+    tables = [np.zeros((0, *shape))]
+    for stacked in directions.chunks():
+        found, losses_here = [], []
         for k in range(0, len(pairs), rows):
+            tick()
             noised = noised_rows(model, batch, pairs[k : k + rows], plan, "score", masked)
-            found.append(measure(model, parameters, noised, directions, function).cpu())
-        tables.append(torch.cat(found).T.reshape(len(held), len(batch.ids), draws))
-    return torch.cat(tables).numpy()
+            found.append(measure(recorder, parameters, noised, stacked, function).cpu())
+            losses_here.append(row_losses(recorder.last.to(noised.x.dtype), noised).cpu())
+        tables.append(torch.cat(found).T.reshape(-1, *shape).numpy())
+        base = torch.cat(losses_here).reshape(shape).numpy()
+    return np.concatenate(tables), base

@@ -23,6 +23,10 @@ from attr_engine.units import held
 from attr_engine.unlearn import check_settings
 
 ROWS = "rows.json"
+FISHER_SETTINGS = ("fisher_draws", "mask_fisher", "rows", "gradients")
+UPDATE_SETTINGS = (
+    *FISHER_SETTINGS, "unit", "steps", "damping", "mask_update", "update_draws", "update_dtype",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -87,12 +91,12 @@ class Job:
         write_json(path, {"key": key, "rows": rows})
         return rows
 
-    def key(self, *names: str) -> str:
-        """Key of a stage: model, data, the draw plan and the named settings."""
+    def key(self, *names: str, layers: bool = True) -> str:
+        """Key of a stage: model, data, the draw plan and the named settings; and the layers, where it depends on them."""
         values = {**to_json(self.run.settings), "dtype": self.dtype}
         if "rows" in names:
             values["rows"] = self.rows
-        shared = ("layers", "seed", "plan", "replicates", "dtype")
+        shared = ("seed", "plan", "replicates", "dtype", *(["layers"] if layers else []))
         return key_of(
             self.model.fingerprint, self.tracks.fingerprint, {n: values[n] for n in (*shared, *names)}
         )
@@ -113,10 +117,26 @@ class Job:
         """Whose gradients give updates: the loss's always, others where a score function needs them."""
         return tuple(dict.fromkeys(["loss", *self.first_order]))
 
+    @property
+    def updates(self) -> int:
+        """How many updates there are: queries times strengths."""
+        return len(self.queries) * len(self.run.settings.strengths)
+
+    def made(self, function: str) -> tuple[float, ...]:
+        """The strengths at which updates are made: the first one, where tangents serve all of them."""
+        s = self.run.settings
+        return s.strengths[:1] if function == "loss" and s.strengths_by != "passes" else s.strengths
+
     def update_path(self, query: Query, strength: float, function: str = "loss") -> Path:
         """Where the update of a query lies; ids are hashed, because they may hold anything."""
         kind = "" if function == "loss" else f".{function}"
         return self.run.path / "updates" / f"{key_of(query.id)}@{strength!r}{kind}.safetensors"
+
+
+def update_key(job: Job, query: Query, function: str = "loss") -> str:
+    """Key of the updates of a query."""
+    parts = (job.key(*UPDATE_SETTINGS), query.tracks.fingerprint)
+    return key_of(*parts) if function == "loss" else key_of(*parts, function)
 
 
 def _kind_of(info: Mapping[str, Any]) -> str:
@@ -170,8 +190,16 @@ def check(job: Job) -> None:
             raise UserError(f"the strength {strength} stands twice in the settings: name each once")
     for draws, what in ((s.fisher_draws, "Fisher"), (s.update_draws, "update"), (s.score_draws, "score")):
         job.plan.check(draws, f"the number of {what} draws")
-    if min(s.unit_tracks, s.top) < 1 or min(s.rows, s.threads, s.memory) < 0:
-        raise UserError("unit_tracks and top must be at least 1, rows, threads and memory at least 0")
+    if min(s.unit_tracks, s.show) < 1 or min(s.rows, s.threads, s.memory) < 0:
+        raise UserError("unit_tracks and show must be at least 1, rows, threads and memory at least 0")
+    if s.strengths_by != "passes" and s.steps > 1:
+        raise UserError(
+            f"an update of {s.steps} steps is not linear in its strength: use --strengths-by passes"
+        )
+    if s.strengths_by == "tangent" and s.compile != "off":
+        raise UserError(
+            "compiled passes have no forward mode: use --compile off, or --strengths-by difference"
+        )
     if s.gradients not in SQUARES:
         raise UserError(f"gradients are {s.gradients!r}: use one of {', '.join(SQUARES)}")
     _ = job.rows  # with a bound on memory, whether anything fits is found out here

@@ -7,41 +7,29 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from attr_engine import progress
 from attr_engine.diffusion import ROW_FUNCTIONS
-from attr_engine.errors import UserError
+from attr_engine.effects import Effects
 from attr_engine.fisher import Fisher, FisherSettings, check_fisher, combine, fisher_units, sum_unit
-from attr_engine.influence import measure_influence
-from attr_engine.jobs import Job, Query, check, make_queries
+from attr_engine.jobs import FISHER_SETTINGS, Job, Query, check, make_queries, update_key
 from attr_engine.latents.batch import Tracks
 from attr_engine.models.protocol import Denoiser, select_parameters
 from attr_engine.result import Attribution
-from attr_engine.runs import LOCKS, key_of, open_run
-from attr_engine.score import FIRST_ORDER, Effects, measure_effects, scores
+from attr_engine.runs import LOCKS, open_run
+from attr_engine.score import scores
+from attr_engine.scoring import EFFECTS, score_stage
 from attr_engine.settings import Settings, to_json
 from attr_engine.tensorfile import load_tensors, save_tensors
 from attr_engine.units import once, rank, run_units
-from attr_engine.unlearn import Update, query_gradient, unlearn_query
+from attr_engine.unlearn import query_gradient, unlearn_query
 
-FISHER, SCORES_PARQUET, SCORES_CSV, EFFECTS = (
-    "fisher.safetensors",
-    "scores.parquet",
-    "scores.csv",
-    "effects.safetensors",
-)
-
-
-_FISHER_SETTINGS = ("fisher_draws", "mask_fisher", "rows", "gradients")
-UPDATE_SETTINGS = (*_FISHER_SETTINGS, "unit", "steps", "damping", "mask_update", "update_draws")
+FISHER, SCORES_PARQUET, SCORES_CSV = "fisher.safetensors", "scores.parquet", "scores.csv"
 
 
 def _fisher_settings(job: Job) -> FisherSettings:
@@ -51,12 +39,19 @@ def _fisher_settings(job: Job) -> FisherSettings:
 
 def fisher_stage(job: Job) -> Fisher:
     """Fit the Fisher, or read it; the settings are written down first."""
-    path, key = job.run.path / FISHER, job.key(*_FISHER_SETTINGS)
+    path, key = job.run.path / FISHER, job.key(*FISHER_SETTINGS)
     job.run.record()
+    known = Path(job.run.settings.cache) / f"fisher-{key}.safetensors" if job.run.settings.cache else path
+    if not path.exists() and known.exists():
+        Fisher.load(known, key).save(path, key)
     if not path.exists():
         check_fisher(job.model, job.tracks, _fisher_settings(job))
         _sum_units(job, path, key)
     fisher = Fisher.load(path, key)
+    if not known.exists():
+        with once(job.run.path / LOCKS / "cache.lock", known) as mine:
+            if mine:
+                fisher.save(known, key)
     shutil.rmtree(path.with_suffix(""), ignore_errors=True)
     return fisher
 
@@ -94,7 +89,7 @@ def update_stage(job: Job, fisher: Fisher, finished: Path | None = None) -> None
     show = progress.bar("unlearning", "query")
     units = [(query, function) for query in job.queries for function in job.row_functions]
     # Strengths are written in their order: with the last one all are there.
-    paths = [job.update_path(query, s.strengths[-1], function) for query, function in units]
+    paths = [job.update_path(query, job.made(function)[-1], function) for query, function in units]
     with job.run.stage("unlearn"):
         run_units(
             paths,
@@ -110,7 +105,7 @@ def _update_query(
 ) -> None:
     """Unlearn one query at every strength that has no file yet."""
     s, function = job.run.settings, ROW_FUNCTIONS[name]
-    missing = [x for x in s.strengths if not job.update_path(query, x, name).exists()]
+    missing = [x for x in job.made(name) if not job.update_path(query, x, name).exists()]
     if not missing:
         return
     batch = query.tracks.batch([query.index], job.model.frames)
@@ -122,111 +117,8 @@ def _update_query(
             job.model, query.tracks, query.index, fisher, job.plan, len(job.tracks), strength, s.unit,
             s.steps, s.update_draws, s.damping, s.mask_update, job.rows, first, function,
         )  # fmt: skip
-        update.save(job.update_path(query, strength, name), _update_key(job, query, name))
-
-
-def _update_key(job: Job, query: Query, function: str) -> str:
-    parts = (job.key(*UPDATE_SETTINGS), query.tracks.fingerprint)
-    return key_of(*parts) if function == "loss" else key_of(*parts, function)
-
-
-def _loads(job: Job, function: str) -> list[Callable[[], Update]]:
-    """One function an update that reads it, in the order of the result."""
-    return [
-        partial(Update.load, job.update_path(q, x, function), _update_key(job, q, function))
-        for q in job.queries
-        for x in job.run.settings.strengths
-    ]
-
-
-def _units(job: Job) -> list[range]:
-    size, tracks = job.run.settings.unit_tracks, len(job.tracks)
-    return [range(first, min(first + size, tracks)) for first in range(0, tracks, size)]
-
-
-def score_stage(job: Job) -> Effects:
-    """Measure every track under every update, unit by unit; each unit is durable once done."""
-    s, folder = job.run.settings, job.run.path
-    queries = [(q.id, q.tracks.fingerprint) for q in job.queries]
-    measured = [name in s.functions for name in FIRST_ORDER] if job.first_order else []
-    key = key_of(
-        job.key(*UPDATE_SETTINGS, "strengths", "mask_score", "score_draws", "unit_tracks"), queries, *measured
-    )
-    finished = folder / EFFECTS
-    if not finished.exists():
-        units = _units(job)
-        paths = [folder / "units" / f"{unit:06d}.safetensors" for unit in range(len(units))]
-        updates = len(job.queries) * len(s.strengths)
-        show = progress.bar(f"scoring {len(job.tracks)} tracks under {updates} updates", "unit")
-        with job.run.stage("score"):
-            run_units(
-                paths,
-                lambda i: save_tensors(paths[i], _tensors(_measure(job, units[i])), {"key": key}),
-                finished,
-                folder / LOCKS / "score",
-                lambda done: show(done, len(units)),
-            )
-        # After the stage's time is on disk: what is finished does not enter the stage again.
-        with once(folder / LOCKS / "score.lock", finished) as mine:
-            if mine:
-                effects = _joined([_effects(load_tensors(path, key)[0]) for path in paths])
-                _check_finite(job, effects)
-                save_tensors(finished, _tensors(effects), {"key": key})
-    effects = _effects(load_tensors(finished, key)[0])
-    for name in ("units", LOCKS):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    return effects
-
-
-def _measure(job: Job, indices: Sequence[int]) -> Effects:
-    """Effects of every update on some tracks; forward passes under the updates only where a score needs them."""
-    s = job.run.settings
-    batch = job.tracks.batch(indices, job.model.frames)
-    forward = _loads(job, "loss") if job.needs_forward else []
-    effects = measure_effects(job.model, batch, forward, job.plan, s.score_draws, s.mask_score, job.rows)
-    influence = {
-        name: measure_influence(
-            job.model, select_parameters(job.model, s.layers), batch, _loads(job, name), job.plan, s.score_draws,
-            s.mask_score, job.rows, ROW_FUNCTIONS[name], s.gradients,
-        )
-        for name in job.first_order
-    }  # fmt: skip
-    return replace(effects, influence=influence)
-
-
-def _joined(parts: Sequence[Effects]) -> Effects:
-    return Effects(
-        np.concatenate([p.base for p in parts]),
-        np.concatenate([p.unlearned for p in parts], axis=1),
-        np.concatenate([p.displacement for p in parts], axis=1),
-        {name: np.concatenate([p.influence[name] for p in parts], axis=1) for name in parts[0].influence},
-    )
-
-
-_INFLUENCE = "influence."
-
-
-def _tensors(effects: Effects) -> dict[str, torch.Tensor]:
-    arrays = {name: value for name, value in vars(effects).items() if name != "influence"}
-    arrays |= {_INFLUENCE + name: value for name, value in effects.influence.items()}
-    return {name: torch.as_tensor(np.ascontiguousarray(value)) for name, value in arrays.items()}
-
-
-def _effects(tensors: dict[str, torch.Tensor]) -> Effects:
-    first_order = {n.removeprefix(_INFLUENCE): t for n, t in tensors.items() if n.startswith(_INFLUENCE)}
-    base, unlearned, moved = (tensors[name].numpy() for name in ("base", "unlearned", "displacement"))
-    return Effects(base, unlearned, moved, {name: value.numpy() for name, value in first_order.items()})
-
-
-def _check_finite(job: Job, effects: Effects) -> None:
-    for values in (effects.unlearned, effects.displacement, *effects.influence.values()):
-        bad = ~np.isfinite(values).all(axis=-1)
-        if bad.any():
-            u, i = (int(x[0]) for x in np.nonzero(bad))
-            query = job.queries[u // len(job.run.settings.strengths)].id
-            raise UserError(
-                f"unlearning {query!r} made the loss of track {job.tracks.ids[i]!r} infinite or NaN: use a smaller strength or more damping"
-            )
+        dtype = torch.bfloat16 if s.update_dtype == "bfloat16" else None
+        update.save(job.update_path(query, strength, name), update_key(job, query, name), dtype)
 
 
 def finish(job: Job, effects: Effects) -> Attribution:

@@ -6,45 +6,13 @@ draws serve theta_0 and theta_q, so the difference is paired (METHOD section 1).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from attr_engine import kernels
-from attr_engine.diffusion import (
-    DrawPlan,
-    Noised,
-    frame_losses,
-    noised_rows,
-    predict,
-    row_losses,
-    standard_error,
-)
+from attr_engine.diffusion import standard_error
+from attr_engine.effects import Effects
 from attr_engine.errors import UserError
-from attr_engine.latents.batch import Batch
-from attr_engine.models.protocol import Denoiser
-from attr_engine.unlearn import Update, applied
-
-
-@dataclass(frozen=True)
-class Effects:
-    """Per-draw numbers of N tracks under U updates; float64, larger displacement = larger effect.
-
-    Attributes:
-        base: ``[N, D]``, loss under theta_0.
-        unlearned: ``[U, N, D]``, loss under theta_0 + update.
-        displacement: ``[U, N, D]``, mean squared change of the prediction over the counted elements.
-        influence: name of a function of :data:`attr_engine.diffusion.ROW_FUNCTIONS` to ``[U, N, D]``, what
-            :func:`attr_engine.influence.measure_influence` found.
-    """
-
-    base: np.ndarray
-    unlearned: np.ndarray
-    displacement: np.ndarray
-    influence: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 def loss_change(effects: Effects) -> np.ndarray:
@@ -106,55 +74,6 @@ def score_function(name: str) -> ScoreFunction:
     return SCORE_FUNCTIONS[name]
 
 
-def _rows(model: Denoiser, batch: Batch, plan: DrawPlan, draws: int, masked: bool, rows: int) -> list[Noised]:
-    pairs = [(i, d) for i in range(len(batch.ids)) for d in range(draws)]
-    return [
-        noised_rows(model, batch, pairs[k : k + rows], plan, "score", masked)
-        for k in range(0, len(pairs), rows)
-    ]
-
-
-@torch.no_grad()
-def measure_effects(
-    model: Denoiser,
-    batch: Batch,
-    updates: Sequence[Callable[[], Update]],
-    plan: DrawPlan,
-    draws: int,
-    masked: bool = False,
-    rows: int = 16,
-) -> Effects:
-    """Losses and displacements of a few tracks under every update.
-
-    Args:
-        model: theta_0; unchanged on return.
-        batch: the tracks, padded to the model's frames.
-        updates: one function an update that returns it, so that they need not all be in memory.
-        plan: draw plan; the purpose is ``score``.
-        draws: D, a multiple of the plan's replicates.
-        masked: M_L, whether only valid frames of the tracks count.
-        rows: (track, draw) pairs a forward pass.
-    """
-    plan.check(draws, "the number of score draws")
-    noised = _rows(model, batch, plan, draws, masked, rows)
-    base = [predict(model, n) for n in noised]
-
-    def table(chunks: Iterable[Tensor]) -> np.ndarray:
-        return np.asarray(torch.cat(list(chunks)).cpu().numpy().reshape(len(batch.ids), draws))
-
-    unlearned = np.empty((len(updates), len(batch.ids), draws))
-    moved = np.empty_like(unlearned)
-    for u, load in enumerate(updates):
-        found, displaced = [], []
-        with applied(model, load().delta):
-            for n, before in zip(noised, base, strict=True):
-                after = predict(model, n)
-                found.append(row_losses(after, n))
-                displaced.append(kernels.per_draw_loss(after, before, n.counted))
-        unlearned[u], moved[u] = table(found), table(displaced)
-    return Effects(table(row_losses(p, n) for p, n in zip(base, noised, strict=True)), unlearned, moved)
-
-
 def scores(
     effects: Effects, functions: Sequence[str], replicates: int
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -171,28 +90,3 @@ def scores(
         per_draw = score_function(name)(effects)
         out[name] = (per_draw.mean(axis=-1), standard_error(per_draw, replicates))
     return out
-
-
-@torch.no_grad()
-def frame_effects(
-    model: Denoiser, batch: Batch, update: Update, plan: DrawPlan, draws: int, rows: int = 16
-) -> Mapping[str, np.ndarray]:
-    """Where in the tracks an update acts.
-
-    Returns:
-        ``"displacement"`` and ``"loss_change"``: float64 ``[B, F]``, averaged over channels and draws.
-    """
-    noised = _rows(model, batch, plan, draws, False, rows)
-    base = [predict(model, n) for n in noised]
-    moved, change = [], []
-    with applied(model, update.delta):
-        for n, before in zip(noised, base, strict=True):
-            after = predict(model, n)
-            moved.append((after - before).square().double().mean(dim=1))
-            change.append(frame_losses(after, n) - frame_losses(before, n))
-
-    def per_frame(chunks: Sequence[Tensor]) -> np.ndarray:
-        frames = torch.cat(list(chunks)).cpu().numpy()
-        return np.asarray(frames.reshape(len(batch.ids), draws, -1).mean(axis=1))
-
-    return {"displacement": per_frame(moved), "loss_change": per_frame(change)}

@@ -43,6 +43,12 @@ class Settings:
         "score functions (loss_change, skew, displacement; to first order influence, norm_influence); the first one leads the report",
     )
     strengths: tuple[float, ...] = _option((1e-2,), "strengths of the update; the first one leads the report")
+    strengths_by: str = _option(
+        "passes",
+        "effects at every strength by a forward pass each; or, to first order in the prediction, one tangent (forward-mode "
+        "differentiation) or one finite difference at the first strength for all of them",
+        ("passes", "tangent", "difference"),
+    )
     unit: str = _option(
         "size",
         "what a strength is: norm of the update relative to the weights, or the paper's learning rate",
@@ -90,8 +96,23 @@ class Settings:
         0, "CPU threads (0: torch's default); results are repeatable for one number of threads"
     )
     ema: bool = _option(True, "use the averaged weights of a training checkpoint where it has them")
+    cache: str = _option(
+        "",
+        "folder for what other runs with the same model, tracks and draw plan can use: the Fisher, and losses and predictions "
+        "under theta_0",
+    )
+    update_dtype: str = _option(
+        "full",
+        "dtype of the updates on disk and in memory: that of their arithmetic, or half of it",
+        ("full", "bfloat16"),
+    )
+    resident: float = _option(
+        -1.0,
+        "GB of unlearned weights that stay in memory from unit to unit, the others are made anew (-1: a third of what is free, "
+        "none with --memory)",
+    )
     keep_updates: bool = _option(False, "keep the updates in the run directory after scoring")
-    top: int = _option(10, "tracks a ranking shows in the report")
+    show: int = _option(10, "tracks a ranking shows in the report")
     shares: str = _option(
         "excess-over-median",
         "transform that turns scores into shares",
@@ -101,7 +122,7 @@ class Settings:
 
 
 # These change what a report shows or how memory is used, not what is computed.
-_PRESENTATION = ("top", "shares", "title", "keep_updates")
+_PRESENTATION = ("show", "shares", "title", "keep_updates", "cache", "resident")
 
 
 def to_json(settings: Settings) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,24 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, A
         save_file(plain, part, metadata={"attr_engine": header})
 
 
+class _Lazy(Mapping[str, Tensor]):
+    """Tensors of an open file, in the order in which they were written; each is read whenever it is asked for."""
+
+    def __init__(self, file: Any, order: Sequence[str]) -> None:
+        self._file, self._order = file, dict.fromkeys(order)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._order:
+            raise KeyError(name)
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._order)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+
 def load_tensors(path: Path, key: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what :func:`save_tensors` wrote, tensors in the order in which they were given.
 
@@ -35,15 +53,23 @@ def load_tensors(path: Path, key: str | None = None) -> tuple[dict[str, Tensor],
     Raises:
         UserError: missing or damaged file, or another key.
     """
+    tensors, meta = open_tensors(path, key)
+    return dict(tensors), meta
+
+
+def open_tensors(path: Path, key: str | None = None) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
+    """:func:`load_tensors`, but tensors are read one by one, when they are asked for; the file stays open as long as they are."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
         raise UserError(f"{path} does not exist: run the stage that writes it first")
     try:
-        with safe_open(path, framework="pt") as file:
-            meta = json.loads((file.metadata() or {})["attr_engine"])
-            tensors = {name: file.get_tensor(name) for name in meta.pop("order")}
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        file = safe_open(path, framework="pt")
+        meta = json.loads((file.metadata() or {})["attr_engine"])
+        tensors = _Lazy(file, meta.pop("order"))
+        if set(tensors) != set(file.keys()):
+            raise ValueError("its list of tensors is not what it holds")
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read ({error}): delete it, it will be made again") from error
     if key is not None and meta.get("key") != key:
         raise UserError(

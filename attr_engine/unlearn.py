@@ -5,11 +5,8 @@ METHOD section 1. F is fixed at theta_0; every step has fresh draws; the loss of
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -21,70 +18,7 @@ from attr_engine.fisher import Fisher
 from attr_engine.latents.batch import Batch, Tracks, check_tracks
 from attr_engine.models.protocol import Denoiser
 from attr_engine.persample import summed_gradient
-from attr_engine.tensorfile import load_tensors, save_tensors
-
-
-@dataclass(frozen=True)
-class Update:
-    """``theta_unlearned - theta_0`` of one query at one strength.
-
-    Attributes:
-        query: id of the query.
-        strength: as asked for, in its unit.
-        unit: ``"size"`` (norm of the update relative to the norm of the parameters) or ``"lr"``.
-        delta: parameter name to tensor (float32; float64 for a float64 model).
-        lr: the learning rate of the paper's formula that this strength meant, of the first step.
-        size: norm of the update relative to the norm of the parameters.
-    """
-
-    query: str
-    strength: float
-    unit: str
-    delta: Mapping[str, Tensor]
-    lr: float
-    size: float
-
-    def save(self, path: Path, key: str) -> None:
-        """Write to safetensors, under a key that :meth:`load` checks."""
-        meta = {
-            "key": key,
-            "query": self.query,
-            "strength": self.strength,
-            "unit": self.unit,
-            "lr": self.lr,
-            "size": self.size,
-        }
-        save_tensors(path, self.delta, meta)
-
-    @staticmethod
-    def load(path: Path, key: str | None = None) -> Update:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            UserError: missing or damaged file, or another key than the one asked for.
-        """
-        delta, meta = load_tensors(path, key)
-        return Update(meta["query"], meta["strength"], meta["unit"], delta, meta["lr"], meta["size"])
-
-
-@contextlib.contextmanager
-def applied(model: Denoiser, delta: Mapping[str, Tensor]) -> Iterator[None]:
-    """Run the model at ``theta_0 + delta``; afterwards its parameters are theta_0, bit for bit.
-
-    The sum is rounded to the parameters' dtype: of a bfloat16 model, elements that change by less than about 2^-9 of
-    themselves mostly do not change.
-    """
-    parameters = dict(model.module.named_parameters())
-    kept = {name: parameters[name].detach().clone() for name in delta}
-    try:
-        with torch.no_grad():
-            for name, value in delta.items():
-                parameters[name].copy_(kept[name].to(value.dtype) + value.to(kept[name].device))
-        yield
-    finally:
-        with torch.no_grad():
-            for name, value in kept.items():
-                parameters[name].copy_(value)
+from attr_engine.updates import Update, applied
 
 
 def query_gradient(
@@ -96,10 +30,15 @@ def query_gradient(
     masked: bool,
     rows: int,
     function: RowFunction = losses,
+    tick: Callable[[], None] = lambda: None,
 ) -> dict[str, Tensor]:
-    """Gradient of the query's loss, or of another function of it, averaged over draws, in the work dtype."""
+    """Gradient of the query's loss, or of another function of it, averaged over draws, in the work dtype.
+
+    ``tick`` is called before every pass; what it raises ends it.
+    """
     mean = {name: torch.zeros_like(p, dtype=work_dtype(model)) for name, p in parameters.items()}
     for first in range(draws.start, draws.stop, rows):
+        tick()
         pairs = [(0, draw) for draw in range(first, min(first + rows, draws.stop))]
         rows_here = noised_rows(model, batch, pairs, plan, "update", masked)
         gradient = summed_gradient(model, parameters, rows_here, function)
@@ -156,6 +95,7 @@ def unlearn_query(
     rows: int = 16,
     first_gradient: Mapping[str, Tensor] | None = None,
     function: RowFunction = losses,
+    tick: Callable[[], None] = lambda: None,
 ) -> Update:
     """Unlearn one query from theta_0.
 
@@ -178,6 +118,7 @@ def unlearn_query(
             the same for every strength.
         function: what is raised, of (model, noised rows) ``[B]``: the loss, or another function of the query whose
             preconditioned gradient is wanted (:data:`attr_engine.diffusion.ROW_FUNCTIONS`).
+        tick: called before every pass; what it raises ends the unlearning.
 
     Raises:
         UserError: an unusable query or setting, or a gradient that is zero or not finite.
@@ -200,7 +141,7 @@ def unlearn_query(
         else:
             with applied(model, delta):
                 fresh = range(k * draws, (k + 1) * draws)
-                gradient = query_gradient(model, parameters, batch, fresh, plan, masked, rows, function)
+                gradient = query_gradient(model, parameters, batch, fresh, plan, masked, rows, function, tick)
         direction = {
             n: kernels.precondition_(torch.zeros_like(values[n]), g, values[n], absolute, 1.0)
             for n, g in gradient.items()

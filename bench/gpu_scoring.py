@@ -13,8 +13,8 @@ from torch import Tensor
 
 from attr_engine.diffusion import Noised
 from attr_engine.influence import row_dots
-from attr_engine.score import measure_effects
-from attr_engine.unlearn import Update
+from attr_engine.effects import measure_effects
+from attr_engine.updates import Update
 
 QUERIES = (1, 4, 16)
 

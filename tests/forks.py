@@ -55,7 +55,8 @@ def small(**changes: Any) -> Any:
 
 def bits(folder: Path) -> dict[str, bytes]:
     """What has to be the same after any interruption, and whoever shared the work."""
-    from attr_engine.pipeline import EFFECTS, FISHER, SCORES_CSV, SCORES_PARQUET
+    from attr_engine.pipeline import FISHER, SCORES_CSV, SCORES_PARQUET
+    from attr_engine.scoring import EFFECTS
 
     return {name: (folder / name).read_bytes() for name in (FISHER, EFFECTS, SCORES_PARQUET, SCORES_CSV)}
 

@@ -175,7 +175,7 @@ def test_a_report_is_written_again_after_the_updates_are_gone(world, tmp_path):
     assert not (tmp_path / "run" / "updates").exists()
     shown = []
     for top in (3, 5):
-        assert run("report", "--out", tmp_path / "run", "--top", top, "--title", f"The {top} best") == 0
+        assert run("report", "--out", tmp_path / "run", "--show", top, "--title", f"The {top} best") == 0
         page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
         assert f"The {top} best" in page
         shown.append(page.count("Tune "))
@@ -355,7 +355,7 @@ def test_the_doctor_answers_line_by_line(capsys):
         ({"rows": "-1"}, "rows"),
         ({"unit_tracks": "0"}, "unit_tracks"),
         ({"threads": "-1"}, "threads"),
-        ({"top": "0"}, "top"),
+        ({"show": "0"}, "show"),
         ({"device": "toaster"}, "'toaster' cannot be used"),
         ({"weights": "nowhere.ckpt"}, "nowhere.ckpt does not exist"),
         ({"config": "nowhere.json"}, "nowhere.json does not exist"),
@@ -427,11 +427,11 @@ def test_a_corrupted_run_is_refused_by_file(world, tmp_path, capsys):
         kept = (tmp_path / "run" / name).read_bytes()
         (tmp_path / "run" / name).write_bytes(content)
         capsys.readouterr()
-        assert run("report", "--out", tmp_path / "run", "--top", 2) == 2
+        assert run("report", "--out", tmp_path / "run", "--show", 2) == 2
         last = capsys.readouterr().err.splitlines()[-1]
         assert last.startswith("attr-engine: ") and name in last
         (tmp_path / "run" / name).write_bytes(kept)
-    assert run("report", "--out", tmp_path / "run", "--top", 2) == 0
+    assert run("report", "--out", tmp_path / "run", "--show", 2) == 0
 
 
 def test_a_latent_of_the_wrong_shape_dtype_or_value_is_refused_at_ingest(tmp_path, capsys):

@@ -25,9 +25,11 @@ def measure(setting, function="loss", **options):
     model, batch, plan, updates = setting
     parameters = select_parameters(model, ("all",))
     loads = [lambda u=u: u for u in updates]
-    return measure_influence(
+    found, base = measure_influence(
         model, parameters, batch, loads, plan, 4, True, function=ROW_FUNCTIONS[function], **options
     )
+    assert naive.relative_error(base, measure_effects(model, batch, [], plan, 4, True).base) < 1e-12
+    return found
 
 
 @pytest.mark.parametrize("function", ROW_FUNCTIONS)
@@ -65,12 +67,14 @@ def test_an_update_of_part_of_the_model_meets_that_part(setting):
     model, batch, plan, updates = setting
     part = select_parameters(model, ("self_attn",))
     loads = [lambda u=u: u for u in updates]
-    found = measure_influence(model, part, batch, loads, plan, 2)
+    found, _ = measure_influence(model, part, batch, loads, plan, 2)
     assert found.shape == (3, 5, 2) and np.abs(found).max() > 0
     rest = select_parameters(model, ("all",))
     rest = {n: p for n, p in rest.items() if n not in part}
-    whole = measure_influence(model, select_parameters(model, ("all",)), batch, loads, plan, 2)
-    assert naive.relative_error(found + measure_influence(model, rest, batch, loads, plan, 2), whole) < 1e-11
+    whole, _ = measure_influence(model, select_parameters(model, ("all",)), batch, loads, plan, 2)
+    assert (
+        naive.relative_error(found + measure_influence(model, rest, batch, loads, plan, 2)[0], whole) < 1e-11
+    )
 
 
 def test_unusable_settings_are_refused_by_name(setting):
@@ -83,4 +87,5 @@ def test_unusable_settings_are_refused_by_name(setting):
 
 def test_no_updates_give_an_empty_table(setting):
     model, batch, plan, _ = setting
-    assert measure_influence(model, select_parameters(model, ("all",)), batch, [], plan, 2).shape == (0, 5, 2)
+    found, base = measure_influence(model, select_parameters(model, ("all",)), batch, [], plan, 2)
+    assert found.shape == (0, 5, 2) and np.isnan(base).all()

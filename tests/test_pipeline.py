@@ -25,8 +25,9 @@ from safetensors import safe_open
 import attr_engine
 from attr_engine import SCORE_FUNCTIONS, Attribution, Settings, UserError, attribute
 from attr_engine.diffusion import ROW_FUNCTIONS
-from attr_engine.pipeline import EFFECTS, SCORES_PARQUET
+from attr_engine.pipeline import SCORES_PARQUET
 from attr_engine.runs import open_run
+from attr_engine.scoring import EFFECTS
 from attr_engine.tensorfile import load_tensors
 
 
@@ -241,9 +242,17 @@ OTHER = {
     "steps": 1, "damping": 0.2, "mask_update": False, "mask_score": True, "mask_fisher": True, "fisher_draws": 4,
     "update_draws": 2, "score_draws": 4, "replicates": 1, "plan": "shared", "seed": 1, "dtype": "float64",
     "device": "cuda", "rows": 4, "unit_tracks": 3, "threads": 1, "ema": False, "gradients": "loop", "memory": 1.0, "model": "m",
+    "strengths_by": "tangent", "update_dtype": "bfloat16",
     "checkpointing": True, "compile": "forward", "weights": "w", "data": "d", "queries": "q",
 }  # fmt: skip
-PRESENTATION = {"keep_updates": True, "top": 3, "shares": "softmax", "title": "x"}
+PRESENTATION = {
+    "keep_updates": True,
+    "show": 3,
+    "shares": "softmax",
+    "title": "x",
+    "cache": "c",
+    "resident": 0.0,
+}
 
 
 def test_changed_settings_are_refused_by_name(finished):
@@ -256,7 +265,7 @@ def test_changed_settings_are_refused_by_name(finished):
         with pytest.raises(UserError) as refused:
             attribute(model, tracks, queries, forks.small(**{name: value}), out)
         assert f"{name}: {old!r} -> {value!r}" in str(refused.value)
-        assert not any(f"{other}: " in str(refused.value) for other in OTHER if other != name)
+        assert str(refused.value).count(" -> ") == 1
     again = attribute(model, tracks, queries, forks.small(**PRESENTATION), out)
     assert all(np.array_equal(again.values[f], result.values[f]) for f in result.values)
 

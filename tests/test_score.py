@@ -11,9 +11,10 @@ import torch
 
 from attr_engine import SCORE_FUNCTIONS, DrawPlan, UserError, fit_fisher, measure_effects, scores
 from attr_engine.diffusion import ROW_FUNCTIONS, work_dtype
+from attr_engine.effects import Effects, frame_effects
 from attr_engine.influence import measure_influence
 from attr_engine.models.protocol import select_parameters
-from attr_engine.score import FIRST_ORDER, Effects, frame_effects
+from attr_engine.score import FIRST_ORDER
 from attr_engine.unlearn import unlearn_query
 
 STABLE_AUDIO = [
@@ -49,7 +50,7 @@ def compare(model, rng, layers, plan, mask_update, mask_score, tracks=4, draws=4
     influence = {
         name: measure_influence(
             model, parameters, batch, held, plan, draws, mask_score, rows, ROW_FUNCTIONS[name]
-        )
+        )[0]
         for name, held in loads.items()
     }
     effects = replace(effects, influence=influence)

@@ -103,6 +103,6 @@ def test_differences_are_named_with_both_values_and_presentation_is_none():
     old = Settings()
     assert differences(old, old) == []
     new = dataclasses.replace(
-        old, seed=1, layers=("all",), top=3, title="x", shares="softmax", keep_updates=True
+        old, seed=1, layers=("all",), show=3, title="x", shares="softmax", keep_updates=True
     )
     assert differences(old, new) == ["layers: ('transformer',) -> ('all',)", "seed: 0 -> 1"]

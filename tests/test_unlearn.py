@@ -11,7 +11,8 @@ import torch
 from attr_engine import DrawPlan, UserError, fit_fisher
 from attr_engine.fisher import Fisher
 from attr_engine.models.protocol import select_parameters
-from attr_engine.unlearn import Update, applied, query_gradient, unlearn_query
+from attr_engine.unlearn import query_gradient, unlearn_query
+from attr_engine.updates import Update, applied
 
 STABLE_AUDIO = [
     ("rectified_flow", "prepend", 1),

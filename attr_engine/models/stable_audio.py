@@ -138,6 +138,7 @@ class StableAudioDenoiser:
         self._checkpointing = checkpointing
         # Backward passes are not compiled: per-sample gradients watch every call, and the gain was in forward passes.
         self._compiled: Any = None
+        self.fixed_addresses = compiled == "graphs"  # which replay passes on the memory of the weights
         if compiled != "off":
             mode = "reduce-overhead" if compiled == "graphs" else None
             self._compiled = torch.compile(self.module, mode=mode)

@@ -11,13 +11,14 @@ import numpy as np
 import torch
 
 from attr_engine import progress
+from attr_engine.effects import frame_effects
 from attr_engine.errors import UserError
 from attr_engine.files import write_json, write_text
-from attr_engine.jobs import Job
+from attr_engine.jobs import UPDATE_SETTINGS, Job
 from attr_engine.latents.audio import SUFFIXES, read_audio
 from attr_engine.latents.batch import Tracks
 from attr_engine.latents.ingest import file_hash
-from attr_engine.pipeline import UPDATE_SETTINGS, fisher_stage, update_stage
+from attr_engine.pipeline import fisher_stage, update_stage
 from attr_engine.report.audio import encode_clip, waveform_peaks
 from attr_engine.report.data import Clip, QuerySection, Ranking, ReportData, Row, TrackInfo
 from attr_engine.report.page import write_report
@@ -33,10 +34,9 @@ from attr_engine.report.tables import (
 )
 from attr_engine.result import Attribution
 from attr_engine.runs import ENVIRONMENT, key_of
-from attr_engine.score import frame_effects
 from attr_engine.settings import to_json
 from attr_engine.tensorfile import load_tensors, save_tensors
-from attr_engine.unlearn import Update
+from attr_engine.updates import Update
 
 REPORT, CURVES, TABLES = "report.html", "curves.safetensors", "tables.json"
 _PEAKS = 160
@@ -115,7 +115,9 @@ def curves(job: Job, result: Attribution) -> dict[str, dict[str, np.ndarray]]:
     s, path = job.run.settings, job.run.path / CURVES
     function = s.functions[0] if s.functions[0] in ("displacement", "loss_change") else "displacement"
     key = key_of(
-        job.key(*UPDATE_SETTINGS, "functions", "strengths", "score_draws"), s.top, [q.id for q in job.queries]
+        job.key(*UPDATE_SETTINGS, "functions", "strengths", "score_draws"),
+        s.show,
+        [q.id for q in job.queries],
     )
     update_key = job.key(*UPDATE_SETTINGS)
     if path.exists():
@@ -134,7 +136,7 @@ def curves(job: Job, result: Attribution) -> dict[str, dict[str, np.ndarray]]:
         update = Update.load(
             job.update_path(query, s.strengths[0]), key_of(update_key, query.tracks.fingerprint)
         )
-        top = [row.track for row in result.top(s.top, query.id, s.functions[0], s.strengths[0])]
+        top = [row.track for row in result.top(s.show, query.id, s.functions[0], s.strengths[0])]
         batch = job.tracks.batch([where[t] for t in top], job.model.frames)
         effects = frame_effects(job.model, batch, update, job.plan, s.score_draws, job.rows)[function]
         out[query.id] = {t: e[: int(n)] for t, e, n in zip(top, effects, batch.valid, strict=True)}
@@ -187,11 +189,11 @@ def _section(
                     result.errors[function][u],
                     hits,
                     shapes.get(query.id, {}) if lead else {},
-                    s.top,
+                    s.show,
                 )  # fmt: skip
             )
     for name, scores in controls.items():
-        rankings.append(_ranking(job, name, "", True, scores[q], None, hits, {}, min(_CONTROL_ROWS, s.top)))
+        rankings.append(_ranking(job, name, "", True, scores[q], None, hits, {}, min(_CONTROL_ROWS, s.show)))
     notes = []
     if hits:
         found = sum(1 for row in rankings[0].rows if row.hit)

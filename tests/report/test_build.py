@@ -26,7 +26,7 @@ soundfile = pytest.importorskip("soundfile")
 
 RATE = 16000
 SETTINGS = Settings(
-    fisher_draws=4, update_draws=4, score_draws=4, layers=("all",), threads=1, top=3, dtype="float64"
+    fisher_draws=4, update_draws=4, score_draws=4, layers=("all",), threads=1, show=3, dtype="float64"
 )
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -163,7 +163,7 @@ def test_a_manifest_cannot_make_a_report_read_what_its_maker_does_not_know(tmp_p
     root = root.format(folder=tmp_path) if isinstance(root, str) else root
     sources = ["private.wav", str(tmp_path / "private.wav").lstrip("/"), "etc/passwd", "dev/zero"]
     infos = [{"source": s, "audio": s, "sha256": digest} for s in sources for digest in ("", None)]
-    page = report(tmp_path / "run", write_set(tmp_path / "set", infos, {"root": root}), top=8)
+    page = report(tmp_path / "run", write_set(tmp_path / "set", infos, {"root": root}), show=8)
     assert {round(pitch(x), -1) for x in clips(page)} == {100}
 
 
@@ -272,5 +272,5 @@ def test_the_same_run_gives_the_same_page(tmp_path):
 
 
 def test_more_places_than_tracks_show_all_tracks(tmp_path):
-    page = report(tmp_path / "run", write_set(tmp_path / "set", [{}, {}]), top=50)
+    page = report(tmp_path / "run", write_set(tmp_path / "set", [{}, {}]), show=50)
     assert "t0" in page and "t1" in page

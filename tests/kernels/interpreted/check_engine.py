@@ -12,9 +12,10 @@ import torch
 
 from attr_engine import DrawPlan, Settings, attribute, fit_fisher, measure_effects
 from attr_engine.diffusion import ROW_FUNCTIONS, noised_rows
+from attr_engine.effects import frame_effects
 from attr_engine.influence import measure_influence
 from attr_engine.models.protocol import select_parameters
-from attr_engine.score import SCORE_FUNCTIONS, frame_effects
+from attr_engine.score import SCORE_FUNCTIONS
 from attr_engine.unlearn import unlearn_query
 
 BOUND = 1e-4  # as for float32 elsewhere

@@ -1,0 +1,137 @@
+"""Scoring in a run: what theta_0 says is kept for other runs, and one tangent serves every strength."""
+
+import threading
+
+import forks
+import helpers
+import naive
+import numpy as np
+import pytest
+
+from attr_engine import UserError, attribute
+
+NUMBERS = ("fisher.safetensors", "effects.safetensors")
+
+
+def numbers(folder):
+    """What does not hold the settings: a cache is one of them."""
+    return {name: value for name, value in forks.bits(folder).items() if name in NUMBERS}
+
+
+FORWARD = {"functions": ("loss_change", "displacement"), "steps": 1}
+
+
+def run(number, out, queries=None, passes=None, **changes):
+    model, tracks, own = forks.make(number)
+    predict = model.predict
+    model.predict = lambda *a: (passes if passes is not None else []).append(0) or predict(*a)
+    return attribute(model, tracks, queries or own, forks.small(**{**FORWARD, **changes}), out)
+
+
+def test_a_second_run_computes_neither_the_fisher_nor_theta_0_again(seed, rng, tmp_path):
+    cache, counts = {"cache": str(tmp_path / "cache")}, {}
+    other = helpers.make_tracks(rng, 1, 3, 10, "p")
+    for name, queries, changes in (
+        ("first", None, cache), ("second", other, cache), ("without", other, {}),
+    ):  # fmt: skip
+        counts[name] = []
+        run(seed, tmp_path / name, queries, counts[name], **changes)
+    assert numbers(tmp_path / "second") == numbers(tmp_path / "without")
+    # 12 (track, draw) pairs are 6 passes of a unit's 4 rows, 3 at a time; the Fisher takes 6, and its check 9 of single rows and batches.
+    spared = len(counts["without"]) - len(counts["second"])
+    assert len(counts["first"]) == len(counts["without"]) and spared > 6
+
+
+def test_other_draws_masks_models_and_tracks_are_other_entries(seed, tmp_path):
+    cache = str(tmp_path / "cache")
+
+    def entries() -> set[str]:
+        return {p.parent.name for p in (tmp_path / "cache").glob("*/*.safetensors")}
+
+    run(seed, tmp_path / "0", cache=cache)
+    known = entries()
+    assert len(known) == 1
+    for i, changes in enumerate(({"mask_score": True}, {"seed": 1}, {"plan": "shared"}, {"rows": 2})):
+        run(seed, tmp_path / f"{i + 1}", cache=cache, **changes)
+        assert len(entries()) == len(known) + 1
+        known = entries()
+    run(seed + 1, tmp_path / "model", cache=cache)
+    assert len(entries()) == len(known) + 1
+    run(seed, tmp_path / "layers", cache=cache, layers=("self_attn",), damping=0.3, strengths=(0.5,))
+    assert len(entries()) == len(known) + 1
+
+
+def test_a_damaged_entry_is_named(seed, tmp_path):
+    cache = tmp_path / "cache"
+    run(seed, tmp_path / "a", cache=str(cache))
+    victim = sorted(cache.glob("*/*.safetensors"))[0]
+    victim.write_bytes(victim.read_bytes()[:-7])
+    with pytest.raises(UserError, match=victim.name):
+        run(seed, tmp_path / "b", cache=str(cache))
+    victim.unlink()
+    run(seed, tmp_path / "b", cache=str(cache))
+    assert forks.bits(tmp_path / "a") == forks.bits(tmp_path / "b")
+
+
+def test_two_runs_fill_one_cache_at_the_same_time(seed, tmp_path):
+    cache = tmp_path / "cache"
+    threads = [
+        threading.Thread(target=run, args=(seed, tmp_path / name), kwargs={"cache": str(cache)})
+        for name in "ab"
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    run(seed, tmp_path / "c")
+    assert numbers(tmp_path / "a") == numbers(tmp_path / "b") == numbers(tmp_path / "c")
+    assert not list(cache.rglob("*.part"))
+
+
+@pytest.mark.parametrize("way", ["tangent", "difference"])
+def test_one_tangent_serves_every_strength(seed, tmp_path, way):
+    """At strengths so small that the prediction is linear, float64."""
+    strengths = (1e-4, 2e-4, 5e-5)
+    options = {"strengths": strengths, "dtype": "float64"}
+    passes, single = [], []
+
+    def go(name, passes, **changes):
+        model, tracks, own = forks.make(seed)
+        model = model.double_copy()
+        predict = model.predict
+        model.predict = lambda *a: passes.append(0) or predict(*a)
+        return attribute(
+            model, tracks, own, forks.small(**{**FORWARD, **options, **changes}), tmp_path / name
+        )
+
+    exact = go("exact", passes)
+    found = go(way, single, strengths_by=way)
+    assert found.updates == exact.updates and len(single) < len(passes)
+    for name in ("loss_change", "displacement"):
+        for u in range(len(exact.updates)):
+            scale = np.abs(exact.values[name][u]).max()
+            assert np.abs(found.values[name][u] - exact.values[name][u]).max() < 0.02 * scale
+    # What was read off is quadratic in the strength to the last bits.
+    moved = found.values["displacement"].reshape(-1, 3, 6)
+    assert naive.relative_error(moved[:, 1] / 4, moved[:, 0]) < 1e-12
+    assert naive.relative_error(moved[:, 2] * 4, moved[:, 0]) < 1e-12
+
+
+def test_updates_may_be_paged_resident_or_in_bfloat16(seed, tmp_path):
+    paged = run(seed, tmp_path / "paged", resident=0.0)
+    resident = run(seed, tmp_path / "resident", resident=1.0)
+    half = run(seed, tmp_path / "half", update_dtype="bfloat16", keep_updates=True)
+    assert (
+        forks.bits(tmp_path / "paged")["effects.safetensors"]
+        == forks.bits(tmp_path / "resident")["effects.safetensors"]
+    )
+    name = "displacement"
+    assert np.array_equal(paged.values[name], resident.values[name])
+    assert 0 < naive.relative_error(half.values[name], paged.values[name]) < 0.02
+
+
+def test_what_cannot_be_is_refused_before_anything_is_computed(seed, tmp_path):
+    with pytest.raises(UserError, match="not linear in its strength"):
+        run(seed, tmp_path / "a", strengths_by="tangent", steps=2)
+    with pytest.raises(UserError, match="forward mode"):
+        run(seed, tmp_path / "b", strengths_by="tangent", compile="forward")
