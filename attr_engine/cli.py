@@ -231,9 +231,11 @@ def _run(args: argparse.Namespace) -> None:
             return
         cli_options.print_top(job, result)
         print(f"scores: {out / pipeline.SCORES_PARQUET} and .csv")
-        if args.command in ("attribute", "report"):
+        if args.command == "score":
+            return
+        if not settings.groups:  # a report is of single tracks
             print(f"report: {build_report(job, result)}")
-            pipeline.drop_updates(job)
+        pipeline.drop_updates(job)
 
 
 def _print_fisher(fisher: Fisher, path: Path) -> None:

@@ -337,13 +337,17 @@ def print_top(job: Job, result: Attribution, k: int = 3) -> None:
     from attr_engine.report.tables import relatives
 
     s = job.run.settings
+    what = f"groups by {s.groups}" if s.groups else "tracks"
     print(
-        f"top {k} of {len(job.tracks)} tracks by {s.functions[0]} at {s.unit} {s.strengths[0]:g} (score, standard error, known relation)"
+        f"top {k} of {len(result.tracks)} {what} by {s.functions[0]} at {s.unit} {s.strengths[0]:g} (score, standard error, known relation)"
     )
-    for query in job.queries:
-        hits = relatives(job, query)
-        print(printable(f"{query.id} ({query.kind})"))
-        for row in result.top(k, query.id, s.functions[0], s.strengths[0]):
+    if job.pieces is None:
+        queries = [(q.id, q.kind, relatives(job, q)) for q in job.queries]
+    else:
+        queries = [(name, "query", {}) for name in job.pieces.ids]
+    for name, kind, hits in queries:
+        print(printable(f"{name} ({kind})"))
+        for row in result.top(k, name, s.functions[0], s.strengths[0]):
             hit = f"  [{hits[row.track]}]" if row.track in hits else ""
             print(
                 printable(f"  {row.rank:2d}. {row.track}  {row.score:.4g} +- {row.standard_error:.2g}{hit}")

@@ -31,16 +31,23 @@ UPDATE_SETTINGS = (
 
 @dataclass(frozen=True)
 class Query:
-    """One query: where its latent is, and under which id its scores stand."""
+    """One query: where its latent is, and under which id its scores stand; or a group of tracks, unlearned jointly."""
 
     tracks: Tracks
     index: int
     kind: str
+    group: str = ""
+    members: tuple[int, ...] = ()
 
     @property
     def id(self) -> str:
-        """Id of the query."""
-        return self.tracks.ids[self.index]
+        """Id of the query, or name of the group."""
+        return self.group or self.tracks.ids[self.index]
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """Indices of whatever is unlearned."""
+        return self.members or (self.index,)
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,12 @@ class Job:
     model: Denoiser
     tracks: Tracks
     queries: tuple[Query, ...]
+    pieces: Tracks | None = None
+
+    @property
+    def scored(self) -> Tracks:
+        """Whose loss is looked at: the training tracks; the pieces in question, where groups of training tracks are unlearned."""
+        return self.tracks if self.pieces is None else self.pieces
 
     @property
     def plan(self) -> DrawPlan:
@@ -135,7 +148,7 @@ class Job:
 
 def update_key(job: Job, query: Query, function: str = "loss") -> str:
     """Key of the updates of a query."""
-    parts = (job.key(*UPDATE_SETTINGS), query.tracks.fingerprint)
+    parts = (job.key(*UPDATE_SETTINGS), query.tracks.fingerprint, *query.members)
     return key_of(*parts) if function == "loss" else key_of(*parts, function)
 
 
@@ -169,12 +182,46 @@ def make_queries(
     return tuple(out)
 
 
+def make_groups(tracks: Tracks, column: str) -> tuple[Query, ...]:
+    """One query for every value of a column of the training tracks' metadata: its tracks, to be unlearned jointly.
+
+    Raises:
+        UserError: no track has the column, or some have not (the first one is named).
+    """
+    members: dict[str, list[int]] = {}
+    for i in range(len(tracks)):
+        value = tracks.info[i].get(column)
+        if value in (None, ""):
+            raise UserError(
+                f"the training track {tracks.ids[i]!r} has no {column!r} in its metadata: add it and ingest again, or group "
+                "by another column"
+            )
+        members.setdefault(str(value), []).append(i)
+    return tuple(Query(tracks, some[0], "group", name, tuple(some)) for name, some in members.items())
+
+
+def make_job(run: Run, model: Denoiser, tracks: Tracks, queries: Sequence[Tracks]) -> Job:
+    """What the settings of a run ask of a model, training tracks and sets of queries.
+
+    Raises:
+        UserError: no query, an unknown target, an id that stands twice, or groups of what cannot be grouped.
+    """
+    s = run.settings
+    if not s.groups:
+        return Job(run, model, tracks, make_queries(tracks, queries, s.self_influence))
+    if len(queries) != 1 or s.self_influence:
+        raise UserError(
+            f"groups by {s.groups!r} are ranked for one set of queries: give one folder to --queries, and no --self-influence"
+        )
+    return Job(run, model, tracks, make_groups(tracks, s.groups), queries[0])
+
+
 def check(job: Job) -> None:
     """Refuse whatever later stages would refuse, before any of them has cost time."""
     s = job.run.settings
     check_tracks(job.tracks, job.model.channels, job.model.frames, "training")
-    for query in job.queries:
-        check_tracks(query.tracks, job.model.channels, job.model.frames, "query")
+    for queries in {id(q.tracks): q.tracks for q in (*job.queries, Query(job.scored, 0, ""))}.values():
+        check_tracks(queries, job.model.channels, job.model.frames, "query")
     select_parameters(job.model, s.layers)
     if job.model.module.training:
         raise UserError(
@@ -192,6 +239,13 @@ def check(job: Job) -> None:
         job.plan.check(draws, f"the number of {what} draws")
     if min(s.unit_tracks, s.show) < 1 or min(s.rows, s.threads, s.memory) < 0:
         raise UserError("unit_tracks and show must be at least 1, rows, threads and memory at least 0")
+    if s.top:
+        job.plan.check(s.race_draws, "the number of draws in the first round of a race")
+        if s.top < 0 or not 0.0 < s.confidence < 1.0 or not 0.0 < s.race_share <= 1.0 or s.replicates < 2:
+            raise UserError(
+                f"a race for the top {s.top} with confidence {s.confidence} and a share of {s.race_share}: use a top above 0, "
+                "both between 0 and 1, and at least 2 replicates, whose spread is the error of a score"
+            )
     if s.strengths_by != "passes" and s.steps > 1:
         raise UserError(
             f"an update of {s.steps} steps is not linear in its strength: use --strengths-by passes"
@@ -207,10 +261,12 @@ def check(job: Job) -> None:
 
 def plan_of(job: Job) -> str:
     """What the run is going to cost, in passes through the model."""
-    s, n = job.run.settings, len(job.tracks)
+    s, n = job.run.settings, len(job.scored)
     updates = len(job.queries) * len(s.strengths)
     kinds = len(job.row_functions)
-    backward = n * s.fisher_draws + kinds * (len(job.queries) + updates * (s.steps - 1)) * s.update_draws
+    unlearned = sum(len(q.indices) for q in job.queries)
+    backward = len(job.tracks) * s.fisher_draws
+    backward += kinds * unlearned * (1 + len(s.strengths) * (s.steps - 1)) * s.update_draws
     backward += n * s.score_draws * len(job.first_order)
     forward = n * s.score_draws * (1 + updates * job.needs_forward)
     return (

@@ -9,7 +9,7 @@ import torch
 
 from attr_engine import progress
 from attr_engine.errors import UserError
-from attr_engine.jobs import Job, make_queries
+from attr_engine.jobs import Job, make_job
 from attr_engine.latents import LatentDataset
 from attr_engine.latents.audio import find_audio
 from attr_engine.latents.ingest import ingest_audio
@@ -36,7 +36,7 @@ def load_job(run: Run) -> Job:
     tracks = LatentDataset(s.data)
     with held(run.path / LOCKS / "queries.lock", wait=True):  # audio is encoded once
         queries = [_load_queries(run, model, Path(path)) for path in s.queries]
-    return Job(run, model, tracks, make_queries(tracks, queries, s.self_influence))
+    return make_job(run, model, tracks, queries)
 
 
 def open_model(

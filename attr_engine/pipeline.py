@@ -11,15 +11,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from attr_engine import progress
 from attr_engine.diffusion import ROW_FUNCTIONS
-from attr_engine.effects import Effects
 from attr_engine.fisher import Fisher, FisherSettings, check_fisher, combine, fisher_units, sum_unit
-from attr_engine.jobs import FISHER_SETTINGS, Job, Query, check, make_queries, update_key
+from attr_engine.jobs import FISHER_SETTINGS, Job, Query, check, make_job, update_key
 from attr_engine.latents.batch import Tracks
 from attr_engine.models.protocol import Denoiser, select_parameters
+from attr_engine.race import Part, Tally
 from attr_engine.result import Attribution
 from attr_engine.runs import LOCKS, open_run
 from attr_engine.score import scores
@@ -27,7 +28,7 @@ from attr_engine.scoring import EFFECTS, score_stage
 from attr_engine.settings import Settings, to_json
 from attr_engine.tensorfile import load_tensors, save_tensors
 from attr_engine.units import once, rank, run_units
-from attr_engine.unlearn import query_gradient, unlearn_query
+from attr_engine.unlearn import group_gradient, unlearn_query
 
 FISHER, SCORES_PARQUET, SCORES_CSV = "fisher.safetensors", "scores.parquet", "scores.csv"
 
@@ -108,23 +109,37 @@ def _update_query(
     missing = [x for x in job.made(name) if not job.update_path(query, x, name).exists()]
     if not missing:
         return
-    batch = query.tracks.batch([query.index], job.model.frames)
-    first = query_gradient(
-        job.model, parameters, batch, range(s.update_draws), job.plan, s.mask_update, job.rows, function
+    first = group_gradient(
+        job.model,
+        parameters,
+        query.tracks,
+        query.indices,
+        range(s.update_draws),
+        job.plan,
+        s.mask_update,
+        job.rows,
+        function,
     )
     for strength in missing:
         update = unlearn_query(
-            job.model, query.tracks, query.index, fisher, job.plan, len(job.tracks), strength, s.unit,
+            job.model, query.tracks, query.indices, fisher, job.plan, len(job.tracks), strength, s.unit,
             s.steps, s.update_draws, s.damping, s.mask_update, job.rows, first, function,
         )  # fmt: skip
         dtype = torch.bfloat16 if s.update_dtype == "bfloat16" else None
         update.save(job.update_path(query, strength, name), update_key(job, query, name), dtype)
 
 
-def finish(job: Job, effects: Effects) -> Attribution:
+def finish(job: Job, parts: Sequence[Part]) -> Attribution:
     """Turn effects into scores and write them as Parquet and CSV."""
-    s = job.run.settings
-    by_function = scores(effects, s.functions, s.replicates)
+    s, n = job.run.settings, len(job.scored)
+    if len(parts) == 1 and len(parts[0].tracks) == n:
+        by_function = scores(parts[0].effects, s.functions, s.replicates)
+    else:
+        tallies = {name: Tally.of(parts, name, job.updates, n, s.replicates) for name in s.functions}
+        by_function = {name: (tally.means, tally.errors) for name, tally in tallies.items()}
+    base = np.full(n, np.nan)
+    for part in reversed(parts):  # of a track in several parts the first one tells
+        base[part.tracks] = part.effects.base.mean(axis=-1)
     meta: dict[str, Any] = {
         "settings": to_json(s),
         "model": job.model.fingerprint,
@@ -134,13 +149,15 @@ def finish(job: Job, effects: Effects) -> Attribution:
         "frames": job.model.frames,
     }
     result = Attribution(
-        tracks=list(job.tracks.ids),
+        tracks=list(job.scored.ids),
         updates=[(q.id, x) for q in job.queries for x in s.strengths],
         values={name: value for name, (value, _) in by_function.items()},
         errors={name: error for name, (_, error) in by_function.items()},
-        base=effects.base.mean(axis=-1),
+        base=base,
         meta=meta,
     )
+    if job.pieces is not None:
+        result = by_group(result)
     if rank() == 0:
         result.to_parquet(job.run.path / SCORES_PARQUET)
         result.to_csv(job.run.path / SCORES_CSV)
@@ -163,6 +180,34 @@ def run_job(job: Job) -> Attribution:
     return finish(job, score_stage(job))
 
 
+def by_group(result: Attribution) -> Attribution:
+    """What groups did to pieces as a table of groups by piece: its tracks are groups, its queries pieces.
+
+    Args:
+        result: of a run whose queries are groups (:func:`attr_engine.jobs.make_groups`).
+
+    Returns:
+        The same scores, errors and draws; ``base`` is NaN, which is of pieces there.
+    """
+    strengths = list(dict.fromkeys(x for _, x in result.updates))
+    groups = list(dict.fromkeys(name for name, _ in result.updates))
+
+    def turned(
+        values: np.ndarray,
+    ) -> np.ndarray:  # [groups * strengths, pieces] -> [pieces * strengths, groups]
+        cube = values.reshape(len(groups), len(strengths), len(result.tracks))
+        return cube.transpose(2, 1, 0).reshape(-1, len(groups))
+
+    return Attribution(
+        tracks=groups,
+        updates=[(piece, x) for piece in result.tracks for x in strengths],
+        values={name: turned(v) for name, v in result.values.items()},
+        errors={name: turned(v) for name, v in result.errors.items()},
+        base=np.full(len(groups), np.nan),
+        meta={**result.meta, "rows": "jointly unlearned groups"},
+    )
+
+
 def attribute(
     model: Denoiser,
     tracks: Tracks,
@@ -170,7 +215,11 @@ def attribute(
     settings: Settings | None = None,
     out: str | Path | None = None,
 ) -> Attribution:
-    """Attribute queries to training tracks.
+    """Attribute queries to training tracks, or to groups of them.
+
+    With ``settings.groups`` the tracks of a group are unlearned jointly, and a group is the more responsible the more the query
+    suffers. Sums of the scores of single tracks can be near chance for groups (GUDA, ICML 2026): what two tracks say alike is lost
+    only when both are unlearned.
 
     Args:
         model: theta_0.
@@ -181,7 +230,7 @@ def attribute(
         out: run directory, kept; the same call carries on there. Default: a temporary one.
 
     Returns:
-        Scores and standard errors of every track for every query and strength.
+        Scores and standard errors of every track, or group, for every query and strength.
 
     Raises:
         UserError: anything unusable, by name.
@@ -192,7 +241,7 @@ def attribute(
             return attribute(model, tracks, queries, settings, folder)
     with open_run(out, settings) as run:
         sets: Any = queries if isinstance(queries, list | tuple) else [] if queries is None else [queries]
-        job = Job(run, model, tracks, make_queries(tracks, sets, settings.self_influence))
+        job = make_job(run, model, tracks, sets)
         result = run_job(job)
         drop_updates(job)
         return result

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from attr_engine.influence import DIRECTION_BYTES, measure_influence
 from attr_engine.jobs import UPDATE_SETTINGS, Job, update_key
 from attr_engine.latents.batch import Batch
 from attr_engine.models.protocol import select_parameters
+from attr_engine.race import Part, Race, Tally
 from attr_engine.runs import LOCKS, key_of
 from attr_engine.score import FIRST_ORDER
 from attr_engine.tensorfile import load_tensors, save_tensors
@@ -28,6 +30,7 @@ from attr_engine.updates import Directions, Unlearned, Update, free_bytes
 
 EFFECTS = "effects.safetensors"
 _INFLUENCE = "influence."
+RACE_SETTINGS = ("top", "race_draws", "confidence", "race_share")
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Unit:
 
 def whole_units(job: Job, draws: range) -> list[Unit]:
     """Every track under every update, cut into units."""
-    size, total, updates = job.run.settings.unit_tracks, len(job.tracks), range(job.updates)
+    size, total, updates = job.run.settings.unit_tracks, len(job.scored), range(job.updates)
     return [Unit(range(i, min(i + size, total)), updates, draws) for i in range(0, total, size)]
 
 
@@ -70,7 +73,7 @@ class Scorer:
     def __call__(self, unit: Unit, tick: Callable[[], None] = lambda: None) -> Effects:
         """Effects of the unit's updates on its tracks; forward passes under updates only where a score needs them."""
         job, s = self._job, self._job.run.settings
-        batch = job.tracks.batch(unit.tracks, job.model.frames)
+        batch = job.scored.batch(unit.tracks, job.model.frames)
         influence = {}
         for name in job.first_order:
             directions = self._directions[name]
@@ -143,7 +146,7 @@ def _keep(job: Job, unit: Unit) -> Keep:
     if not s.cache:
         return lambda measure: measure()
     device = next(job.model.module.parameters()).device.type
-    key = key_of(job.key("mask_score", "rows", layers=False), device)
+    key = key_of(job.key("mask_score", "rows", layers=False), job.scored.fingerprint, device)
     tracks = f"{unit.tracks[0]}-{key_of(list(unit.tracks))}"
     path = Path(s.cache) / key / f"{tracks}-{unit.draws.start}-{unit.draws.stop}.safetensors"
 
@@ -163,37 +166,89 @@ def _keep(job: Job, unit: Unit) -> Keep:
 
 def score_key(job: Job) -> str:
     """Key of the effects: whatever they depend on."""
-    queries = [(q.id, q.tracks.fingerprint) for q in job.queries]
-    measured = [name in job.run.settings.functions for name in FIRST_ORDER] if job.first_order else []
-    names = ("strengths", "strengths_by", "mask_score", "score_draws", "unit_tracks")
-    return key_of(job.key(*UPDATE_SETTINGS, *names), queries, *measured)
+    s = job.run.settings
+    queries: list[Any] = [(q.id, q.tracks.fingerprint, *q.members) for q in job.queries]
+    queries += [] if job.pieces is None else [job.pieces.fingerprint]
+    leading = [s.functions[0]] if s.top else []
+    measured = [name in s.functions for name in FIRST_ORDER] if job.first_order else []
+    names = ("strengths", "strengths_by", "mask_score", "score_draws", "unit_tracks", *RACE_SETTINGS)
+    return key_of(job.key(*UPDATE_SETTINGS, *names), queries, *measured, *leading)
 
 
-def score_stage(job: Job) -> Effects:
-    """Measure every track under every update, unit by unit; each unit is durable once done."""
-    s, folder, key = job.run.settings, job.run.path, score_key(job)
+def score_stage(job: Job) -> list[Part]:
+    """Measure tracks under every update, unit by unit; each unit is durable once done.
+
+    Returns:
+        One part with every track; of a race its rounds, of a cascade the candidates of every query.
+    """
+    folder, key = job.run.path, score_key(job)
     finished = folder / EFFECTS
     if not finished.exists():
-        units = whole_units(job, range(s.score_draws))
-        paths = [folder / "units" / f"{i:06d}.safetensors" for i in range(len(units))]
-        measure_units(job, Scorer(job), units, paths, key, finished)
-        # After the stage's time is on disk: what is finished does not enter the stage again.
-        with once(folder / LOCKS / "score.lock", finished) as mine:
-            if mine:
-                effects = joined([from_tensors(load_tensors(path, key)[0]) for path in paths])
-                check_finite(job, effects, range(len(job.tracks)))
-                save_tensors(finished, to_tensors(effects), {"key": key})
-    effects = from_tensors(load_tensors(finished, key)[0])
+        _measure_all(job, key, finished)
+    parts = load_parts(finished, key)
     for name in ("units", LOCKS):
         shutil.rmtree(folder / name, ignore_errors=True)
-    return effects
+    return parts
+
+
+def _measure_all(job: Job, key: str, finished: Path) -> None:
+    """Every round, and the file that is made of them; returns as soon as another process has made it."""
+    s, scorer, parts = job.run.settings, Scorer(job), []
+    tally = Tally(np.zeros((job.updates, len(job.scored), s.replicates)))
+    units, number = first_units(job), 0
+    while units:
+        paths = [job.run.path / "units" / f"{number}-{i:06d}.safetensors" for i in range(len(units))]
+        measure_units(job, scorer, units, paths, key, finished)
+        if finished.exists():
+            return
+        try:
+            new = _parts(units, [from_tensors(load_tensors(path, key)[0]) for path in paths])
+        except UserError:
+            if finished.exists():  # another process has made it meanwhile, and cleared up
+                return
+            raise
+        for part in new:
+            check_finite(job, part)
+            tally.add(part, s.functions[0])
+        parts += new
+        units, number = next_units(job, tally) if s.top else [], number + 1
+    # After the stage's time is on disk: what is finished does not enter the stage again.
+    with once(job.run.path / LOCKS / "score.lock", finished) as mine:
+        if mine:
+            save_parts(finished, parts, key)
+
+
+def first_units(job: Job) -> list[Unit]:
+    """Every track under every update; of a cascade the candidates of every query under its own."""
+    s = job.run.settings
+    draws = range(min(s.race_draws, s.score_draws) if s.top else s.score_draws)
+    return whole_units(job, draws)
+
+
+def race_of(job: Job) -> Race:
+    """The rules that the settings give."""
+    s = job.run.settings
+    return Race(s.top, s.confidence, s.score_draws, s.race_share)
+
+
+def next_units(job: Job, tally: Tally) -> list[Unit]:
+    """More draws for those tracks whose place in the top k is not decided."""
+    size, race = job.run.settings.unit_tracks, race_of(job)
+    # A backward pass serves all updates; forward passes are made under one.
+    together = [[u] for u in range(job.updates)] if job.needs_forward else [list(range(job.updates))]
+    return [
+        Unit([int(i) for i in chosen[k : k + size]], group, range(there, min(2 * there, race.most)))
+        for group in together
+        for there, chosen in race.next(tally.means[group], tally.errors[group], tally.draws[group[0]]).items()
+        for k in range(0, len(chosen), size)
+    ]
 
 
 def measure_units(
-    job: Job, scorer: Scorer, units: Sequence[Unit], paths: Sequence[Path], key: str, finished: Path | None
+    job: Job, scorer: Scorer, units: Sequence[Unit], paths: Sequence[Path], key: str, finished: Path
 ) -> None:
     """Measure the units that nobody else measures; return when the files of all are there."""
-    what = f"scoring {len(job.tracks)} tracks under {job.updates} updates"
+    what = f"scoring {len(job.scored)} tracks under {job.updates} updates"
     show = progress.bar(what, "unit")
 
     def compute(i: int) -> None:
@@ -201,9 +256,58 @@ def measure_units(
         save_tensors(paths[i], to_tensors(scorer(units[i])), {"key": key, **where})
 
     with job.run.stage("score"):
-        run_units(
-            paths, compute, finished, job.run.path / LOCKS / "score", lambda done: show(done, len(units))
+        locks = job.run.path / LOCKS / paths[0].stem.split("-")[0]
+        run_units(paths, compute, finished, locks, lambda done: show(done, len(units)))
+
+
+def _parts(units: Sequence[Unit], effects: Sequence[Effects]) -> list[Part]:
+    """Units with the same updates and draws as one part, tracks in their order."""
+    groups: dict[tuple[tuple[int, ...], range], list[int]] = {}
+    for i, unit in enumerate(units):
+        groups.setdefault((tuple(unit.updates), unit.draws), []).append(i)
+    return [
+        Part(
+            np.concatenate([units[i].tracks for i in members]),
+            updates,
+            draws,
+            joined([effects[i] for i in members]),
         )
+        for (updates, draws), members in groups.items()
+    ]
+
+
+def save_parts(path: Path, parts: Sequence[Part], key: str) -> None:
+    """Write parts as one file of tensors; the names of those after the first begin with ``part.<n>.``."""
+    tensors: dict[str, torch.Tensor] = {}
+    listed = []
+    for n, part in enumerate(parts):
+        prefix = f"part.{n}." if n else ""
+        tensors |= {prefix + name: value for name, value in to_tensors(part.effects).items()}
+        tensors[prefix + "tracks"] = torch.as_tensor(part.tracks)
+        listed.append(
+            {"updates": list(part.updates), "first_draw": part.draws.start, "draws": len(part.draws)}
+        )
+    save_tensors(path, tensors, {"key": key, "parts": listed})
+
+
+def load_parts(path: Path, key: str | None = None) -> list[Part]:
+    """Read what :func:`save_parts` wrote.
+
+    Raises:
+        UserError: missing or damaged file, or another key.
+    """
+    tensors, meta = load_tensors(path, key)
+    parts = []
+    for n, row in enumerate(meta["parts"]):
+        prefix = f"part.{n}." if n else ""
+        some = {
+            name.removeprefix(prefix): t for name, t in tensors.items()
+            if name.startswith(prefix) and (n or not name.startswith("part."))
+        }  # fmt: skip
+        draws = range(row["first_draw"], row["first_draw"] + row["draws"])
+        tracks = some.pop("tracks").numpy()
+        parts.append(Part(tracks, row["updates"], draws, from_tensors(some)))
+    return parts
 
 
 def joined(parts: Sequence[Effects]) -> Effects:
@@ -230,18 +334,18 @@ def from_tensors(tensors: dict[str, torch.Tensor]) -> Effects:
     return Effects(base, unlearned, moved, {name: value.numpy() for name, value in first_order.items()})
 
 
-def check_finite(job: Job, effects: Effects, tracks: Sequence[int]) -> None:
+def check_finite(job: Job, part: Part) -> None:
     """Refuse infinite effects.
 
     Raises:
         UserError: names the query and the track.
     """
-    for values in (effects.unlearned, effects.displacement, *effects.influence.values()):
+    for values in (part.effects.unlearned, part.effects.displacement, *part.effects.influence.values()):
         bad = ~np.isfinite(values).all(axis=-1)
         if bad.any():
             u, i = (int(x[0]) for x in np.nonzero(bad))
-            query = job.queries[u // len(job.run.settings.strengths)].id
+            query = job.queries[part.updates[u] // len(job.run.settings.strengths)].id
             raise UserError(
-                f"unlearning {query!r} made the loss of track {job.tracks.ids[tracks[i]]!r} infinite or NaN: "
+                f"unlearning {query!r} made the loss of track {job.scored.ids[part.tracks[i]]!r} infinite or NaN: "
                 "use a smaller strength or more damping"
             )

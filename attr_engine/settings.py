@@ -34,6 +34,11 @@ class Settings:
         (), "queries: folders made by attr-engine ingest or generate, or audio (files or folders)"
     )
     self_influence: tuple[str, ...] = _option((), "ids of training tracks that are unlearned as queries too")
+    groups: str = _option(
+        "",
+        "column of the training tracks' metadata, such as artist: tracks with the same value are unlearned jointly, and the groups "
+        "are ranked for every query",
+    )
     layers: tuple[str, ...] = _option(
         ("transformer",),
         "layer groups (cross_attn.to_kv, cross_attn, self_attn, transformer, all) or name patterns",
@@ -112,6 +117,14 @@ class Settings:
         "none with --memory)",
     )
     keep_updates: bool = _option(False, "keep the updates in the run directory after scoring")
+    top: int = _option(
+        0,
+        "race for the k best tracks of every query by the first score function: few draws for all tracks, more where the place "
+        "in the top k is not decided, --score-draws at most (0: all draws for all tracks)",
+    )
+    race_draws: int = _option(4, "draws a track in the first round of a race")
+    confidence: float = _option(0.95, "of a race: that a track is on the right side of the top k")
+    race_share: float = _option(0.05, "of the draws of exhaustive scoring that a race may take for an update")
     show: int = _option(10, "tracks a ranking shows in the report")
     shares: str = _option(
         "excess-over-median",

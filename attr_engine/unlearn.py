@@ -6,7 +6,8 @@ METHOD section 1. F is fixed at theta_0; every step has fresh draws; the loss of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from attr_engine.models.protocol import Denoiser
 from attr_engine.persample import summed_gradient
 from attr_engine.updates import Update, applied
 
+_TRACKS = 64  # of a group that are in memory at a time
+
 
 def query_gradient(
     model: Denoiser,
@@ -32,19 +35,38 @@ def query_gradient(
     function: RowFunction = losses,
     tick: Callable[[], None] = lambda: None,
 ) -> dict[str, Tensor]:
-    """Gradient of the query's loss, or of another function of it, averaged over draws, in the work dtype.
+    """Gradient of the query's loss, or of another function of it, averaged over draws (and over the tracks of a batch).
 
-    ``tick`` is called before every pass; what it raises ends it.
+    It is in the work dtype; ``tick`` is called before every pass, and what it raises ends it.
     """
     mean = {name: torch.zeros_like(p, dtype=work_dtype(model)) for name, p in parameters.items()}
-    for first in range(draws.start, draws.stop, rows):
+    pairs = [(i, draw) for i in range(len(batch.ids)) for draw in draws]
+    for first in range(0, len(pairs), rows):
         tick()
-        pairs = [(0, draw) for draw in range(first, min(first + rows, draws.stop))]
-        rows_here = noised_rows(model, batch, pairs, plan, "update", masked)
+        rows_here = noised_rows(model, batch, pairs[first : first + rows], plan, "update", masked)
         gradient = summed_gradient(model, parameters, rows_here, function)
         for name, g in gradient.items():
             if g is not None:
-                mean[name].add_(g, alpha=1.0 / len(draws))
+                mean[name].add_(g, alpha=1.0 / len(pairs))
+    return mean
+
+
+def group_gradient(
+    model: Denoiser,
+    parameters: Mapping[str, nn.Parameter],
+    tracks: Tracks,
+    indices: Sequence[int],
+    *more: Any,
+) -> dict[str, Tensor]:
+    """:func:`query_gradient`, averaged over some tracks of a set, of which a few are in memory at a time."""
+    mean: dict[str, Tensor] = {}
+    for first in range(0, len(indices), _TRACKS):
+        some = indices[first : first + _TRACKS]
+        found = query_gradient(model, parameters, tracks.batch(some, model.frames), *more)
+        if len(some) == len(indices):
+            return found
+        for name, g in found.items():
+            mean.setdefault(name, torch.zeros_like(g)).add_(g, alpha=len(some) / len(indices))
     return mean
 
 
@@ -82,7 +104,7 @@ def _absolute_damping(fisher: Fisher, damping: float) -> float:
 def unlearn_query(
     model: Denoiser,
     queries: Tracks,
-    index: int,
+    index: int | Sequence[int],
     fisher: Fisher,
     plan: DrawPlan,
     training_tracks: int,
@@ -102,7 +124,7 @@ def unlearn_query(
     Args:
         model: theta_0; unchanged on return.
         queries: the set that holds the query.
-        index: its index there.
+        index: its index there; or several, which are unlearned jointly: the mean of their losses is raised.
         fisher: the diagonal Fisher of the layer group that is updated.
         plan: draw plan; the purpose is ``update``, step k uses draws ``k * draws`` and on.
         training_tracks: N of the formula.
@@ -132,7 +154,8 @@ def unlearn_query(
         raise UserError(f"the Fisher is of another model: its {strange[0]!r} does not fit this one")
     values = {n: fisher.values[n].to(device=p.device, dtype=work_dtype(model)) for n, p in parameters.items()}
     absolute, weight_norm = _absolute_damping(fisher, damping), _norm(parameters)
-    batch, name = queries.batch([index], model.frames), queries.ids[index]
+    indices = [index] if isinstance(index, int) else list(index)
+    name = queries.ids[indices[0]]
     delta = {n: torch.zeros_like(v) for n, v in values.items()}
     first_lr = 0.0
     for k in range(steps):
@@ -141,7 +164,9 @@ def unlearn_query(
         else:
             with applied(model, delta):
                 fresh = range(k * draws, (k + 1) * draws)
-                gradient = query_gradient(model, parameters, batch, fresh, plan, masked, rows, function, tick)
+                gradient = group_gradient(
+                    model, parameters, queries, indices, fresh, plan, masked, rows, function, tick
+                )
         direction = {
             n: kernels.precondition_(torch.zeros_like(values[n]), g, values[n], absolute, 1.0)
             for n, g in gradient.items()

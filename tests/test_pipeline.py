@@ -27,8 +27,7 @@ from attr_engine import SCORE_FUNCTIONS, Attribution, Settings, UserError, attri
 from attr_engine.diffusion import ROW_FUNCTIONS
 from attr_engine.pipeline import SCORES_PARQUET
 from attr_engine.runs import open_run
-from attr_engine.scoring import EFFECTS
-from attr_engine.tensorfile import load_tensors
+from attr_engine.scoring import EFFECTS, load_parts, to_tensors
 
 
 class Forks:
@@ -242,7 +241,8 @@ OTHER = {
     "steps": 1, "damping": 0.2, "mask_update": False, "mask_score": True, "mask_fisher": True, "fisher_draws": 4,
     "update_draws": 2, "score_draws": 4, "replicates": 1, "plan": "shared", "seed": 1, "dtype": "float64",
     "device": "cuda", "rows": 4, "unit_tracks": 3, "threads": 1, "ema": False, "gradients": "loop", "memory": 1.0, "model": "m",
-    "strengths_by": "tangent", "update_dtype": "bfloat16",
+    "strengths_by": "tangent", "update_dtype": "bfloat16", "top": 3, "groups": "artist",
+    "race_draws": 8, "confidence": 0.9, "race_share": 0.5,
     "checkpointing": True, "compile": "forward", "weights": "w", "data": "d", "queries": "q",
 }  # fmt: skip
 PRESENTATION = {
@@ -456,7 +456,7 @@ def in_every_batch(
         folder = tmp_path / str(rows)
         result = attribute(model, tracks.subset(order), queries, settings, folder)
         back = np.argsort(order)
-        effects = {n: v.numpy() for n, v in load_tensors(folder / EFFECTS)[0].items()}
+        effects = {n: v.numpy() for n, v in to_tensors(load_parts(folder / EFFECTS)[0].effects).items()}
         effects = {n: v[back] if n == "base" else v[:, back] for n, v in effects.items()}
         values = {n: v[:, back] for n, v in result.values.items()}
         out.append((effects, dataclasses.replace(result, tracks=tracks.ids, values=values)))

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from attr_engine import UserError, attribute
+from attr_engine.race import Race
+from attr_engine.scoring import EFFECTS, load_parts
 
 NUMBERS = ("fisher.safetensors", "effects.safetensors")
 
@@ -135,3 +137,76 @@ def test_what_cannot_be_is_refused_before_anything_is_computed(seed, tmp_path):
         run(seed, tmp_path / "a", strengths_by="tangent", steps=2)
     with pytest.raises(UserError, match="forward mode"):
         run(seed, tmp_path / "b", strengths_by="tangent", compile="forward")
+
+
+RACE = {
+    "top": 2,
+    "race_draws": 2,
+    "race_share": 1.0,
+    "functions": ("displacement", "loss_change"),
+    "steps": 1,
+}
+
+
+def exhaustive(number, out, draws, **changes):
+    return run(number, out, score_draws=draws, **{**RACE, "top": 0, **changes})
+
+
+@pytest.mark.parametrize("functions", [("displacement", "loss_change"), ("norm_influence", "influence")])
+def test_a_race_in_which_nothing_is_decided_is_exhaustive(seed, tmp_path, functions, monkeypatch):
+    monkeypatch.setattr(Race, "undecided", lambda self, means, errors, draws: 0.0 * means)
+    options = {"functions": functions, "rows": 1}
+    raced = run(seed, tmp_path / "race", score_draws=16, **{**RACE, **options})
+    whole = exhaustive(seed, tmp_path / "whole", 16, **options)
+    parts = load_parts(tmp_path / "race" / EFFECTS)
+    assert sorted({(p.draws.start, p.draws.stop) for p in parts}) == [(0, 2), (2, 4), (4, 8), (8, 16)]
+    for name in functions:
+        scale = np.abs(whole.values[name]).max(axis=1, keepdims=True)
+        assert (np.abs(raced.values[name] - whole.values[name]) < 1e-5 * scale).all()
+        assert naive.relative_error(raced.errors[name], whole.errors[name]) < 1e-4
+
+
+def test_scores_of_a_race_are_those_of_the_draws_that_were_made(seed, tmp_path):
+    raced = run(seed, tmp_path / "race", score_draws=8, **RACE)
+    parts = load_parts(tmp_path / "race" / EFFECTS)
+    for u in range(len(raced.updates)):
+        for i in range(6):
+            change, moved = [], []
+            for part in parts:
+                if u in part.updates and i in part.tracks:
+                    row, column = list(part.updates).index(u), list(part.tracks).index(i)
+                    change.extend(part.effects.unlearned[row, column] - part.effects.base[column])
+                    moved.extend(part.effects.displacement[row, column])
+            assert np.isclose(raced.values["loss_change"][u, i], np.mean(change), rtol=1e-9, atol=1e-15)
+            assert np.isclose(raced.values["displacement"][u, i], np.mean(moved), rtol=1e-9)
+
+
+def test_a_race_that_is_interrupted_anywhere_ends_with_the_same_bits(seed, rng, tmp_path):
+    options = {**RACE, "score_draws": 16, "confidence": 0.99}
+    passes = []
+    run(seed, tmp_path / "whole", passes=passes, **options)
+    for at in rng.integers(1, len(passes), size=3):
+        out = tmp_path / str(at)
+        model, tracks, own = forks.make(seed)
+        predict, count = model.predict, []
+
+        def interrupted(*a, predict=predict, count=count, at=at):
+            count.append(0)
+            if len(count) == at:
+                raise KeyboardInterrupt
+            return predict(*a)
+
+        model.predict = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            attribute(model, tracks, own, forks.small(**{**FORWARD, **options}), out)
+        run(seed, out, **options)
+        assert forks.bits(out) == forks.bits(tmp_path / "whole")
+
+
+def test_a_race_that_cannot_be_is_refused(seed, tmp_path):
+    for changes, named in (
+        ({"confidence": 1.0}, "confidence"), ({"race_share": 0.0}, "share"), ({"replicates": 1}, "replicates"),
+        ({"race_draws": 3}, "first round"), ({"top": -1}, "top"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=named):
+            run(seed, tmp_path / "x", **{**RACE, **changes})
