@@ -24,6 +24,7 @@ from attr_engine.unlearn import check_settings
 
 ROWS = "rows.json"
 FISHER_SETTINGS = ("fisher_draws", "mask_fisher", "rows", "gradients")
+SMALLEST_BFLOAT16 = 1e-2  # size of an update whose effect on a bfloat16 model is right to about a hundredth
 UPDATE_SETTINGS = (
     *FISHER_SETTINGS, "unit", "steps", "damping", "mask_update", "update_draws", "update_dtype",
 )  # fmt: skip
@@ -138,7 +139,16 @@ class Job:
     def made(self, function: str) -> tuple[float, ...]:
         """The strengths at which updates are made: the first one, where tangents serve all of them."""
         s = self.run.settings
-        return s.strengths[:1] if function == "loss" and s.strengths_by != "passes" else s.strengths
+        return s.strengths[:1] if function == "loss" and self.way != "passes" else s.strengths
+
+    @property
+    def way(self) -> str:
+        """How effects are measured, one of :data:`attr_engine.effects.WAYS`; errors of each: docs/performance.md."""
+        s = self.run.settings
+        if s.strengths_by != "auto":
+            return s.strengths_by
+        drowned = self.dtype == "bfloat16" and s.unit == "size" and min(s.strengths) < SMALLEST_BFLOAT16
+        return "tangent" if drowned and s.steps == 1 and s.compile == "off" else "passes"
 
     def update_path(self, query: Query, strength: float, function: str = "loss") -> Path:
         """Where the update of a query lies; ids are hashed, because they may hold anything."""
@@ -246,11 +256,11 @@ def check(job: Job) -> None:
                 f"a race for the top {s.top} with confidence {s.confidence} and a share of {s.race_share}: use a top above 0, "
                 "both between 0 and 1, and at least 2 replicates, whose spread is the error of a score"
             )
-    if s.strengths_by != "passes" and s.steps > 1:
+    if job.way != "passes" and s.steps > 1:
         raise UserError(
             f"an update of {s.steps} steps is not linear in its strength: use --strengths-by passes"
         )
-    if s.strengths_by == "tangent" and s.compile != "off":
+    if job.way == "tangent" and s.compile != "off":
         raise UserError(
             "compiled passes have no forward mode: use --compile off, or --strengths-by difference"
         )

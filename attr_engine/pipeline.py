@@ -146,6 +146,7 @@ def finish(job: Job, parts: Sequence[Part]) -> Attribution:
         "data": job.tracks.fingerprint,
         "objective": job.model.objective,
         "dtype": job.dtype,
+        "effects_by": job.way,
         "frames": job.model.frames,
     }
     result = Attribution(

@@ -88,7 +88,7 @@ class Scorer:
             nothing = np.empty((0, *base.shape))
             return Effects(base, nothing, nothing, influence)
         keep = _keep(job, unit)
-        if s.strengths_by == "passes":
+        if job.way == "passes":
             effects = measure_effects(
                 job.model,
                 batch,
@@ -110,7 +110,7 @@ class Scorer:
         job, s = self._job, self._job.run.settings
         strengths = s.strengths
         queries = list(dict.fromkeys(u // len(strengths) for u in unit.updates))
-        updates = self._unlearned if s.strengths_by == "difference" else self._loads["loss"]
+        updates = self._unlearned if job.way == "difference" else self._loads["loss"]
         tangents = measure_tangents(
             job.model,
             batch,
@@ -119,7 +119,7 @@ class Scorer:
             unit.draws,
             s.mask_score,
             job.rows,
-            s.strengths_by,
+            job.way,
             keep,
             tick,
             queries,
@@ -171,8 +171,8 @@ def score_key(job: Job) -> str:
     queries += [] if job.pieces is None else [job.pieces.fingerprint]
     leading = [s.functions[0]] if s.top else []
     measured = [name in s.functions for name in FIRST_ORDER] if job.first_order else []
-    names = ("strengths", "strengths_by", "mask_score", "score_draws", "unit_tracks", *RACE_SETTINGS)
-    return key_of(job.key(*UPDATE_SETTINGS, *names), queries, *measured, *leading)
+    names = ("strengths", "mask_score", "score_draws", "unit_tracks", *RACE_SETTINGS)
+    return key_of(job.key(*UPDATE_SETTINGS, *names), job.way, queries, *measured, *leading)
 
 
 def score_stage(job: Job) -> list[Part]:

@@ -49,10 +49,11 @@ class Settings:
     )
     strengths: tuple[float, ...] = _option((1e-2,), "strengths of the update; the first one leads the report")
     strengths_by: str = _option(
-        "passes",
-        "effects at every strength by a forward pass each; or, to first order in the prediction, one tangent (forward-mode "
-        "differentiation) or one finite difference at the first strength for all of them",
-        ("passes", "tangent", "difference"),
+        "auto",
+        "effects at every strength by a forward pass each (passes); or, to first order in the prediction, one tangent (forward-mode "
+        "differentiation) or one finite difference at the first strength for all of them; auto: passes, but tangents for a "
+        "bfloat16 model and sizes below 1e-2, whose differences rounding would drown",
+        ("auto", "passes", "tangent", "difference"),
     )
     unit: str = _option(
         "size",

@@ -7,6 +7,7 @@ import helpers
 import naive
 import numpy as np
 import pytest
+import torch
 
 from attr_engine import UserError, attribute
 from attr_engine.race import Race
@@ -117,6 +118,24 @@ def test_one_tangent_serves_every_strength(seed, tmp_path, way):
     moved = found.values["displacement"].reshape(-1, 3, 6)
     assert naive.relative_error(moved[:, 1] / 4, moved[:, 0]) < 1e-12
     assert naive.relative_error(moved[:, 2] * 4, moved[:, 0]) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("dtype", "changes", "way"),
+    [
+        (torch.float32, {}, "passes"), (torch.bfloat16, {}, "tangent"), (torch.bfloat16, {"strengths": (1e-2,)}, "passes"),
+        (torch.bfloat16, {"steps": 2}, "passes"), (torch.bfloat16, {"unit": "lr"}, "passes"),
+        (torch.bfloat16, {"strengths_by": "passes"}, "passes"),
+    ],
+)  # fmt: skip
+def test_what_rounding_would_drown_is_measured_by_tangents(seed, tmp_path, dtype, changes, way):
+    _, tracks, own = forks.make(seed)
+    model = helpers.ToyDenoiser(seed, dtype=dtype)
+    options = {**FORWARD, "strengths": (1e-2, 1e-3), **changes}
+    found = attribute(model, tracks, own, forks.small(**options), tmp_path / "auto")
+    assert found.meta["effects_by"] == way
+    named = attribute(model, tracks, own, forks.small(**{**options, "strengths_by": way}), tmp_path / "named")
+    assert all(np.array_equal(found.values[n], named.values[n]) for n in found.values)
 
 
 def test_updates_may_be_paged_resident_or_in_bfloat16(seed, tmp_path):
