@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from attr_engine.diffusion import DrawPlan
+    from attr_engine.effectfile import read_effects
     from attr_engine.effects import measure_effects
     from attr_engine.errors import UserError
     from attr_engine.fisher import Fisher, fit_fisher
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
     from attr_engine.models.stable_audio import load_model
     from attr_engine.pipeline import attribute
     from attr_engine.result import Attribution
+    from attr_engine.rollup import roll_up
     from attr_engine.score import SCORE_FUNCTIONS, scores
+    from attr_engine.scorefile import read_scores
     from attr_engine.settings import Settings
     from attr_engine.unlearn import unlearn_query
     from attr_engine.updates import Update
@@ -38,6 +41,9 @@ _HOMES = {
     "fit_fisher": "fisher",
     "load_model": "models.stable_audio",
     "measure_effects": "effects",
+    "read_effects": "effectfile",
+    "read_scores": "scorefile",
+    "roll_up": "rollup",
     "scores": "score",
     "unlearn_query": "unlearn",
 }
@@ -57,6 +63,9 @@ __all__ = [
     "fit_fisher",
     "load_model",
     "measure_effects",
+    "read_effects",
+    "read_scores",
+    "roll_up",
     "scores",
     "unlearn_query",
 ]

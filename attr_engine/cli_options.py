@@ -8,6 +8,7 @@ import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from attr_engine.cli_rollup import add_rollup
 from attr_engine.errors import printable
 from attr_engine.settings import Settings, field_types, from_json, read_settings, to_json
 
@@ -311,6 +312,7 @@ def parser() -> argparse.ArgumentParser:
             "--config", default="", help="JSON of settings, e.g. the config.json of a run; flags override it"
         )
         _add_settings(p)
+    add_rollup(commands, _command)
     p = _command(
         commands,
         "demo",

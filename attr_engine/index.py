@@ -302,4 +302,5 @@ class Index:
         updates = [(name, self.settings.ridge) for name in queries.ids]
         nothing = np.full_like(scores, np.nan)
         base = np.full(len(self.ids), np.nan)
-        return Attribution(self.ids, updates, {"index": scores}, {"index": nothing}, base, self.meta)
+        draws = np.full(scores.shape, self.settings.draws)
+        return Attribution(self.ids, updates, {"index": scores}, {"index": nothing}, base, self.meta, draws)

@@ -136,6 +136,11 @@ class Job:
         """How many updates there are: queries times strengths."""
         return len(self.queries) * len(self.run.settings.strengths)
 
+    @property
+    def named_updates(self) -> list[tuple[str, float]]:
+        """(query id, strength) of every update, in the order of the result."""
+        return [(q.id, x) for q in self.queries for x in self.run.settings.strengths]
+
     def made(self, function: str) -> tuple[float, ...]:
         """The strengths at which updates are made: the first one, where tangents serve all of them."""
         s = self.run.settings

@@ -21,11 +21,11 @@ from attr_engine.jobs import FISHER_SETTINGS, Job, Query, check, make_job, updat
 from attr_engine.latents.batch import Tracks
 from attr_engine.models.protocol import Denoiser, select_parameters
 from attr_engine.race import Part, Tally
-from attr_engine.result import Attribution
+from attr_engine.result import Attribution, run_metadata
 from attr_engine.runs import LOCKS, open_run
 from attr_engine.score import scores
 from attr_engine.scoring import EFFECTS, score_stage
-from attr_engine.settings import Settings, to_json
+from attr_engine.settings import Settings
 from attr_engine.tensorfile import load_tensors, save_tensors
 from attr_engine.units import once, rank, run_units
 from attr_engine.unlearn import group_gradient, unlearn_query
@@ -137,25 +137,18 @@ def finish(job: Job, parts: Sequence[Part]) -> Attribution:
     else:
         tallies = {name: Tally.of(parts, name, job.updates, n, s.replicates) for name in s.functions}
         by_function = {name: (tally.means, tally.errors) for name, tally in tallies.items()}
-    base = np.full(n, np.nan)
+    base, draws = np.full(n, np.nan), np.zeros((job.updates, n), dtype=np.int64)
     for part in reversed(parts):  # of a track in several parts the first one tells
         base[part.tracks] = part.effects.base.mean(axis=-1)
-    meta: dict[str, Any] = {
-        "settings": to_json(s),
-        "model": job.model.fingerprint,
-        "data": job.tracks.fingerprint,
-        "objective": job.model.objective,
-        "dtype": job.dtype,
-        "effects_by": job.way,
-        "frames": job.model.frames,
-    }
+        draws[np.ix_(np.asarray(part.updates), part.tracks)] += len(part.draws)
     result = Attribution(
         tracks=list(job.scored.ids),
-        updates=[(q.id, x) for q in job.queries for x in s.strengths],
+        updates=job.named_updates,
         values={name: value for name, (value, _) in by_function.items()},
         errors={name: error for name, (_, error) in by_function.items()},
         base=base,
-        meta=meta,
+        meta=run_metadata(job, fisher=job.key(*FISHER_SETTINGS)),
+        draws=draws,
     )
     if job.pieces is not None:
         result = by_group(result)
@@ -193,9 +186,8 @@ def by_group(result: Attribution) -> Attribution:
     strengths = list(dict.fromkeys(x for _, x in result.updates))
     groups = list(dict.fromkeys(name for name, _ in result.updates))
 
-    def turned(
-        values: np.ndarray,
-    ) -> np.ndarray:  # [groups * strengths, pieces] -> [pieces * strengths, groups]
+    def turned(values: np.ndarray) -> np.ndarray:
+        """``[groups * strengths, pieces]`` to ``[pieces * strengths, groups]``."""
         cube = values.reshape(len(groups), len(strengths), len(result.tracks))
         return cube.transpose(2, 1, 0).reshape(-1, len(groups))
 
@@ -206,6 +198,7 @@ def by_group(result: Attribution) -> Attribution:
         errors={name: turned(v) for name, v in result.errors.items()},
         base=np.full(len(groups), np.nan),
         meta={**result.meta, "rows": "jointly unlearned groups"},
+        draws=turned(result.draws),
     )
 
 

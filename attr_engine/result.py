@@ -1,25 +1,38 @@
-"""The answer: every score with its standard error, ranked; Parquet and CSV out, Parquet in."""
+"""The answer: every score with its standard error and number of draws, ranked; Parquet and CSV out, Parquet in."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from attr_engine.errors import UserError
-from attr_engine.files import whole_file
 
-FORMAT = "attr_engine.scores/1"
-_COLUMNS = ("query", "strength", "function", "track", "rank", "score", "standard_error")
+if TYPE_CHECKING:
+    from attr_engine.jobs import Job
 
 
-def ranks(scores: np.ndarray) -> np.ndarray:
-    """1-based rank of every score, largest first; ties by position. ``[..., N]`` int64."""
-    order = np.argsort(-scores, axis=-1, kind="stable")
+def order_of(scores: np.ndarray, stage: np.ndarray | None = None) -> np.ndarray:
+    """Positions from the most responsible track to the least.
+
+    Args:
+        scores: ``[..., N]``; larger first, NaN last, ties by position.
+        stage: ``[..., N]`` integers; a larger one comes before a smaller one, whatever the scores.
+
+    Returns:
+        ``[..., N]`` int64.
+    """
+    if stage is None:
+        return np.argsort(-scores, axis=-1, kind="stable")
+    return np.lexsort((-scores, -stage), axis=-1)
+
+
+def ranks(scores: np.ndarray, stage: np.ndarray | None = None) -> np.ndarray:
+    """1-based rank of every track in :func:`order_of`: ``[..., N]`` int64."""
+    order = order_of(scores, stage)
     out = np.empty_like(order)
     np.put_along_axis(out, order, np.broadcast_to(np.arange(1, scores.shape[-1] + 1), order.shape), axis=-1)
     return out
@@ -33,6 +46,7 @@ class Scored:
     rank: int
     score: float
     standard_error: float
+    draws: int
 
 
 @dataclass(frozen=True)
@@ -42,10 +56,17 @@ class Attribution:
     Attributes:
         tracks: ids, N.
         updates: (query id, strength) of every update, U.
-        values: function name to scores, float64 ``[U, N]``; larger = more responsible.
+        values: function name to scores, float64 ``[U, N]``; larger = more responsible, NaN = not measured.
         errors: function name to standard errors ``[U, N]``, NaN with a single replicate.
         base: mean loss of every track under theta_0, ``[N]``.
         meta: settings, hashes, precision and whatever else belongs to the run.
+        draws: int64 ``[U, N]``, how many draws a score is the mean of; 0 for a track that was not measured.
+        stage: int64 ``[U, N]`` where tracks were measured in stages, else None: how far a track came. It ranks before
+            every track of a smaller stage, whatever their scores, because those that were left behind have noisier ones.
+            Tracks that were ranked but not measured may have negative stages in the order of that ranking.
+
+    Raises:
+        UserError: draws or stages of another shape, or that are no integers.
     """
 
     tracks: Sequence[str]
@@ -54,6 +75,24 @@ class Attribution:
     errors: Mapping[str, np.ndarray]
     base: np.ndarray
     meta: Mapping[str, Any]
+    draws: np.ndarray
+    stage: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        shape = (len(self.updates), len(self.tracks))
+        for name, given in (("draws", self.draws), ("stage", self.stage)):
+            if given is not None and (given.shape != shape or given.dtype.kind != "i"):
+                raise UserError(f"{name} are {given.dtype} {list(given.shape)}: give integers {list(shape)}")
+
+    def order(self, function: str, update: int) -> np.ndarray:
+        """Positions of the tracks from rank 1 on, int64 ``[N]``."""
+        stage = None if self.stage is None else self.stage[update]
+        return order_of(self.values[function][update], stage)
+
+    def ranks(self, function: str, update: int) -> np.ndarray:
+        """Rank of every track, int64 ``[N]``, the inverse of :meth:`order`."""
+        stage = None if self.stage is None else self.stage[update]
+        return ranks(self.values[function][update], stage)
 
     def row(self, query: str, strength: float | None = None) -> int:
         """Index of an update; without a strength the first one of the query.
@@ -94,94 +133,57 @@ class Attribution:
         if function not in self.values:
             raise UserError(f"no scores by {function!r}; known: {', '.join(self.values)}")
         u = self.row(query, strength)
-        score, error = self.values[function][u], self.errors[function][u]
-        order = np.argsort(-score, kind="stable")[:k]
-        return [Scored(self.tracks[i], n + 1, float(score[i]), float(error[i])) for n, i in enumerate(order)]
-
-    def _table(self) -> Any:
-        import pyarrow as pa
-
-        n, parts = len(self.tracks), []
-        for function, values in self.values.items():
-            place = ranks(values)
-            for u, (query, strength) in enumerate(self.updates):
-                columns: list[Any] = [
-                    [query] * n,
-                    [float(strength)] * n,
-                    [function] * n,
-                    list(self.tracks),
-                    place[u],
-                    values[u],
-                    self.errors[function][u],
-                ]
-                parts.append(pa.table(dict(zip(_COLUMNS, columns, strict=True))))
-        table = pa.concat_tables(parts)
-        for column in ("query", "function", "track"):
-            table = table.set_column(_COLUMNS.index(column), column, table.column(column).dictionary_encode())
-        meta = {"format": FORMAT, "base": [float(x) for x in self.base], "meta": dict(self.meta)}
-        return table.replace_schema_metadata({"attr_engine": json.dumps(meta, default=str)})
+        score, error, draws = self.values[function][u], self.errors[function][u], self.draws[u]
+        return [
+            Scored(self.tracks[i], n + 1, float(score[i]), float(error[i]), int(draws[i]))
+            for n, i in enumerate(self.order(function, u)[:k])
+        ]
 
     def to_parquet(self, path: str | Path) -> None:
-        """Write one row a (query, strength, function, track): score, standard error, rank."""
-        import pyarrow.parquet as pq
+        """Write one row a (query, strength, function, track); docs/results.md describes the columns."""
+        from attr_engine import scorefile as f
 
-        with whole_file(Path(path)) as part:
-            pq.write_table(self._table(), part)
+        f.write_parquet(Path(path), f.SCHEMA, f.score_tables(self), f.header_of(self))
 
     def to_csv(self, path: str | Path) -> None:
         """Write the same rows as :meth:`to_parquet` as CSV."""
-        import pyarrow as pa
-        import pyarrow.csv as pc
+        from attr_engine import scorefile as f
 
-        table = self._table()
-        plain = pa.table(
-            {
-                name: table.column(name).cast(pa.string())
-                if pa.types.is_dictionary(table.column(name).type)
-                else table.column(name)
-                for name in _COLUMNS
-            }
-        )
-        with whole_file(Path(path)) as part:
-            pc.write_csv(plain, part)
+        f.write_csv(Path(path), f.SCHEMA, f.score_tables(self))
 
     @staticmethod
     def from_parquet(path: str | Path) -> Attribution:
-        """Read what :meth:`to_parquet` wrote.
+        """Read what :meth:`to_parquet` wrote; :func:`attr_engine.read_scores` reads a part of it.
 
         Raises:
-            UserError: missing or damaged file, or another format.
+            UserError: missing or damaged file, another format, or rows that were moved.
         """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+        from attr_engine.scorefile import read_parts
 
-        if not Path(path).is_file():
-            raise UserError(f"{path} does not exist: run attr-engine score first")
-        try:
-            table = pq.read_table(path)
-            meta = json.loads((table.schema.metadata or {})[b"attr_engine"])
-            columns = {name: table.column(name).to_pylist() for name in _COLUMNS}
-        except (pa.ArrowInvalid, OSError, KeyError, ValueError) as error:
-            raise UserError(f"{path} cannot be read ({error}): run attr-engine score again") from error
-        if meta.get("format") != FORMAT:
-            raise UserError(f"{path} is of format {meta.get('format')!r}, this version reads {FORMAT!r}")
-        functions = list(dict.fromkeys(columns["function"]))
-        n = len(meta["base"])
-        updates = list(dict.fromkeys(zip(columns["query"], columns["strength"], strict=True)))
-        shape = (len(functions), len(updates), n)
-        if len(columns["score"]) != int(np.prod(shape)):
-            raise UserError(
-                f"{path} has {len(columns['score'])} rows, expected {int(np.prod(shape))}: run attr-engine score again"
-            )
-        values = np.asarray(columns["score"], dtype=np.float64).reshape(shape)
-        errors = np.asarray(
-            [np.nan if e is None else e for e in columns["standard_error"]], dtype=np.float64
-        ).reshape(shape)
-        return Attribution(
-            tracks=columns["track"][:n],
-            updates=updates,
-            values=dict(zip(functions, values, strict=True)),
-            errors=dict(zip(functions, errors, strict=True)),
-            base=np.asarray(meta["base"]),
-            meta=meta["meta"],
-        )
+        return Attribution(**read_parts(Path(path)))
+
+
+def run_metadata(job: Job, fisher: str) -> dict[str, Any]:
+    """What a result says of the run that made it; no times, so that the same run gives the same bytes.
+
+    Args:
+        job: the run.
+        fisher: key of the Fisher, which names everything that it was fitted with.
+    """
+    from attr_engine.runs import environment, key_of
+    from attr_engine.settings import decisive
+
+    settings = decisive(job.run.settings)
+    return {
+        "settings": settings,
+        "config": key_of(settings),
+        "model": job.model.fingerprint,
+        "data": job.tracks.fingerprint,
+        "queries": list(dict.fromkeys(q.tracks.fingerprint for q in job.queries)),
+        "fisher": fisher,
+        "objective": job.model.objective,
+        "frames": job.model.frames,
+        "effects_by": job.way,
+        "precision": {"model": job.dtype, "losses": "float64"},
+        "versions": environment()["versions"],
+    }

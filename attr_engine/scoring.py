@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from attr_engine import progress
 from attr_engine.diffusion import ROW_FUNCTIONS
+from attr_engine.effectfile import from_tensors, read_parts, save_parts, to_tensors
 from attr_engine.effects import Base, Effects, Keep, measure_effects, measure_tangents
 from attr_engine.errors import UserError
 from attr_engine.influence import DIRECTION_BYTES, measure_influence
@@ -29,7 +29,6 @@ from attr_engine.units import held, once, run_units
 from attr_engine.updates import Directions, Unlearned, Update, free_bytes
 
 EFFECTS = "effects.safetensors"
-_INFLUENCE = "influence."
 RACE_SETTINGS = ("top", "race_draws", "confidence", "race_share")
 
 
@@ -185,7 +184,7 @@ def score_stage(job: Job) -> list[Part]:
     finished = folder / EFFECTS
     if not finished.exists():
         _measure_all(job, key, finished)
-    parts = load_parts(finished, key)
+    parts = read_parts(finished, key)
     for name in ("units", LOCKS):
         shutil.rmtree(folder / name, ignore_errors=True)
     return parts
@@ -215,7 +214,16 @@ def _measure_all(job: Job, key: str, finished: Path) -> None:
     # After the stage's time is on disk: what is finished does not enter the stage again.
     with once(job.run.path / LOCKS / "score.lock", finished) as mine:
         if mine:
-            save_parts(finished, parts, key)
+            save_parts(finished, parts, {"key": key, **_names(job)})
+
+
+def _names(job: Job) -> dict[str, Any]:
+    """What the rows of the effects are, for readers that have nothing else."""
+    return {
+        "tracks": list(job.scored.ids),
+        "updates": job.named_updates,
+        "replicates": job.run.settings.replicates,
+    }
 
 
 def first_units(job: Job) -> list[Unit]:
@@ -276,40 +284,6 @@ def _parts(units: Sequence[Unit], effects: Sequence[Effects]) -> list[Part]:
     ]
 
 
-def save_parts(path: Path, parts: Sequence[Part], key: str) -> None:
-    """Write parts as one file of tensors; the names of those after the first begin with ``part.<n>.``."""
-    tensors: dict[str, torch.Tensor] = {}
-    listed = []
-    for n, part in enumerate(parts):
-        prefix = f"part.{n}." if n else ""
-        tensors |= {prefix + name: value for name, value in to_tensors(part.effects).items()}
-        tensors[prefix + "tracks"] = torch.as_tensor(part.tracks)
-        listed.append(
-            {"updates": list(part.updates), "first_draw": part.draws.start, "draws": len(part.draws)}
-        )
-    save_tensors(path, tensors, {"key": key, "parts": listed})
-
-
-def load_parts(path: Path, key: str | None = None) -> list[Part]:
-    """Read what :func:`save_parts` wrote.
-
-    Raises:
-        UserError: missing or damaged file, or another key.
-    """
-    tensors, meta = load_tensors(path, key)
-    parts = []
-    for n, row in enumerate(meta["parts"]):
-        prefix = f"part.{n}." if n else ""
-        some = {
-            name.removeprefix(prefix): t for name, t in tensors.items()
-            if name.startswith(prefix) and (n or not name.startswith("part."))
-        }  # fmt: skip
-        draws = range(row["first_draw"], row["first_draw"] + row["draws"])
-        tracks = some.pop("tracks").numpy()
-        parts.append(Part(tracks, row["updates"], draws, from_tensors(some)))
-    return parts
-
-
 def joined(parts: Sequence[Effects]) -> Effects:
     """Effects of all tracks from those of units, in their order."""
     return Effects(
@@ -318,20 +292,6 @@ def joined(parts: Sequence[Effects]) -> Effects:
         np.concatenate([p.displacement for p in parts], axis=1),
         {name: np.concatenate([p.influence[name] for p in parts], axis=1) for name in parts[0].influence},
     )
-
-
-def to_tensors(effects: Effects) -> dict[str, torch.Tensor]:
-    """Effects as named tensors, ``influence.<function>`` for those to first order."""
-    arrays = {name: value for name, value in vars(effects).items() if name != "influence"}
-    arrays |= {_INFLUENCE + name: value for name, value in effects.influence.items()}
-    return {name: torch.as_tensor(np.ascontiguousarray(value)) for name, value in arrays.items()}
-
-
-def from_tensors(tensors: dict[str, torch.Tensor]) -> Effects:
-    """What :func:`to_tensors` made tensors of."""
-    first_order = {n.removeprefix(_INFLUENCE): t for n, t in tensors.items() if n.startswith(_INFLUENCE)}
-    base, unlearned, moved = (tensors[name].numpy() for name in ("base", "unlearned", "displacement"))
-    return Effects(base, unlearned, moved, {name: value.numpy() for name, value in first_order.items()})
 
 
 def check_finite(job: Job, part: Part) -> None:

@@ -144,6 +144,11 @@ def to_json(settings: Settings) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(settings)))
 
 
+def decisive(settings: Settings) -> dict[str, Any]:
+    """The settings that decide what is computed, as JSON values."""
+    return {name: value for name, value in to_json(settings).items() if name not in _PRESENTATION}
+
+
 def _convert(name: str, value: Any, kind: Any) -> Any:
     """Check a JSON value against a field's type."""
     origin = typing.get_origin(kind)

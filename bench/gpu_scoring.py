@@ -12,8 +12,8 @@ from gpu_work import MOST_ROWS, PLAN, Work, fitting, work_of
 from torch import Tensor
 
 from attr_engine.diffusion import Noised
-from attr_engine.influence import row_dots
 from attr_engine.effects import measure_effects
+from attr_engine.influence import row_dots
 from attr_engine.updates import Update
 
 QUERIES = (1, 4, 16)

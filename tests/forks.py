@@ -67,25 +67,15 @@ def _die_at(what: str, count: int, counts: dict[str, int]) -> None:
 
 
 def _count_writes(write: Callable[[Path], None]) -> None:
-    """Call ``write`` with every file that a writer of this process has just filled."""
-    import pyarrow.csv
-    import pyarrow.parquet
-    import safetensors.torch
+    """Call ``write`` with every file that a writer has just filled and that is about to get its final name."""
+    chmod = os.chmod  # what whole_file calls in between
 
-    def wrap(owner: Any, name: str, argument: int) -> None:
-        original = getattr(owner, name)
+    def wrapped(path: Any, *arguments: Any, **more: Any) -> None:
+        chmod(path, *arguments, **more)
+        if str(path).endswith(".part"):
+            write(Path(path))
 
-        def wrapped(*arguments: Any, **more: Any) -> Any:
-            result = original(*arguments, **more)
-            write(Path(arguments[argument]))
-            return result
-
-        setattr(owner, name, wrapped)
-
-    wrap(safetensors.torch, "save_file", 1)
-    wrap(pyarrow.parquet, "write_table", 1)
-    wrap(pyarrow.csv, "write_csv", 1)
-    wrap(Path, "write_text", 0)
+    os.chmod = wrapped
 
 
 def _child(job: dict[str, Any], answer: int) -> None:

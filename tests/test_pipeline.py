@@ -25,9 +25,10 @@ from safetensors import safe_open
 import attr_engine
 from attr_engine import SCORE_FUNCTIONS, Attribution, Settings, UserError, attribute
 from attr_engine.diffusion import ROW_FUNCTIONS
+from attr_engine.effectfile import read_parts, to_tensors
 from attr_engine.pipeline import SCORES_PARQUET
 from attr_engine.runs import open_run
-from attr_engine.scoring import EFFECTS, load_parts, to_tensors
+from attr_engine.scoring import EFFECTS
 
 
 class Forks:
@@ -456,7 +457,7 @@ def in_every_batch(
         folder = tmp_path / str(rows)
         result = attribute(model, tracks.subset(order), queries, settings, folder)
         back = np.argsort(order)
-        effects = {n: v.numpy() for n, v in to_tensors(load_parts(folder / EFFECTS)[0].effects).items()}
+        effects = {n: v.numpy() for n, v in to_tensors(read_parts(folder / EFFECTS)[0].effects).items()}
         effects = {n: v[back] if n == "base" else v[:, back] for n, v in effects.items()}
         values = {n: v[:, back] for n, v in result.values.items()}
         out.append((effects, dataclasses.replace(result, tracks=tracks.ids, values=values)))

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from attr_engine import UserError, attribute
+from attr_engine.effectfile import read_parts
 from attr_engine.race import Race
-from attr_engine.scoring import EFFECTS, load_parts
+from attr_engine.scoring import EFFECTS
 
 NUMBERS = ("fisher.safetensors", "effects.safetensors")
 
@@ -177,7 +178,7 @@ def test_a_race_in_which_nothing_is_decided_is_exhaustive(seed, tmp_path, functi
     options = {"functions": functions, "rows": 1}
     raced = run(seed, tmp_path / "race", score_draws=16, **{**RACE, **options})
     whole = exhaustive(seed, tmp_path / "whole", 16, **options)
-    parts = load_parts(tmp_path / "race" / EFFECTS)
+    parts = read_parts(tmp_path / "race" / EFFECTS)
     assert sorted({(p.draws.start, p.draws.stop) for p in parts}) == [(0, 2), (2, 4), (4, 8), (8, 16)]
     for name in functions:
         scale = np.abs(whole.values[name]).max(axis=1, keepdims=True)
@@ -187,7 +188,7 @@ def test_a_race_in_which_nothing_is_decided_is_exhaustive(seed, tmp_path, functi
 
 def test_scores_of_a_race_are_those_of_the_draws_that_were_made(seed, tmp_path):
     raced = run(seed, tmp_path / "race", score_draws=8, **RACE)
-    parts = load_parts(tmp_path / "race" / EFFECTS)
+    parts = read_parts(tmp_path / "race" / EFFECTS)
     for u in range(len(raced.updates)):
         for i in range(6):
             change, moved = [], []

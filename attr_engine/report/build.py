@@ -32,7 +32,7 @@ from attr_engine.report.tables import (
     strength_text,
     text_of,
 )
-from attr_engine.result import Attribution
+from attr_engine.result import Attribution, order_of
 from attr_engine.runs import ENVIRONMENT, key_of
 from attr_engine.settings import to_json
 from attr_engine.tensorfile import load_tensors, save_tensors
@@ -156,12 +156,16 @@ def _short(curve: np.ndarray) -> np.ndarray:
 
 def _ranking(
     job: Job, name: str, strength: str, control: bool, scores: np.ndarray, errors: np.ndarray | None,
-    hits: Mapping[str, str], shapes: Mapping[str, np.ndarray], k: int,
+    order: np.ndarray, hits: Mapping[str, str], shapes: Mapping[str, np.ndarray], k: int,
 ) -> Ranking:  # fmt: skip
-    share = shares(scores, job.run.settings.shares)
-    order = np.argsort(-scores, kind="stable")[:k]
+    """The first k tracks of ``order``; those that were not measured have no score, no share and no row."""
+    measured, share = np.flatnonzero(~np.isnan(scores)), np.zeros(len(scores))
+    if len(measured):
+        share[measured] = shares(scores[measured], job.run.settings.shares)
     rows = []
-    for n, i in enumerate(order):
+    for n, i in enumerate(order[:k]):
+        if np.isnan(scores[i]):
+            continue
         track = job.tracks.ids[i]
         error = float(errors[i]) if errors is not None and np.isfinite(errors[i]) else None
         curve = _short(shapes[track]) if track in shapes else None
@@ -187,13 +191,15 @@ def _section(
                     False,
                     result.values[function][u],
                     result.errors[function][u],
+                    result.order(function, u),
                     hits,
                     shapes.get(query.id, {}) if lead else {},
                     s.show,
                 )  # fmt: skip
             )
     for name, scores in controls.items():
-        rankings.append(_ranking(job, name, "", True, scores[q], None, hits, {}, min(_CONTROL_ROWS, s.show)))
+        order, count = order_of(scores[q]), min(_CONTROL_ROWS, s.show)
+        rankings.append(_ranking(job, name, "", True, scores[q], None, order, hits, {}, count))
     notes = []
     if hits:
         found = sum(1 for row in rankings[0].rows if row.hit)

@@ -74,7 +74,7 @@ def self_table(job: Job, result: Attribution) -> Table | None:
     places = np.array(
         [
             [
-                evaluate.self_rank(result.values[f][result.row(q.id, x)], result.tracks, copies[q.id])
+                evaluate.self_rank(-result.ranks(f, result.row(q.id, x)), result.tracks, copies[q.id])
                 for f, x in settings
             ]
             for q in targets
@@ -115,8 +115,8 @@ def relation_table(job: Job, result: Attribution, controls: Mapping[str, np.ndar
     rows = []
     for f in s.functions:
         for x in s.strengths:
-            of_strength = [result.row(q.id, x) for q in job.queries]
-            rows.append(line(f, strength_text(job, x), result.values[f][of_strength]))
+            places = np.stack([result.ranks(f, result.row(q.id, x)) for q in job.queries])
+            rows.append(line(f, strength_text(job, x), -places))
     for name, scores in controls.items():
         rows.append(line(f"{name} (control)", "", scores))
     note = (

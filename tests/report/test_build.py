@@ -18,7 +18,7 @@ from helpers import ToyDenoiser, make_tracks
 from attr_engine.jobs import Job, make_queries
 from attr_engine.latents import LatentDataset, LatentWriter
 from attr_engine.pipeline import run_job
-from attr_engine.report.build import build_report
+from attr_engine.report.build import _section, _Sound, build_report
 from attr_engine.runs import open_run
 from attr_engine.settings import Settings
 
@@ -178,6 +178,36 @@ def test_a_decoder_that_gives_nan_leaves_the_sound_out(tmp_path):
     model = Model(1)
     model.decode = lambda latents: torch.full((1, 1, 4096), float("nan"))
     assert clips(report(tmp_path / "run", make_tracks(np.random.default_rng(0), 3, 3, 10), model=model)) == []
+
+
+# -- rankings -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("measured", [3, 2, 0])
+def test_survivors_come_first_and_what_was_not_measured_has_no_row(measured, tmp_path):
+    """As after a cascade: t3 went on, t0 and t1 were left behind with larger scores, t2 was only ranked."""
+    tracks = make_tracks(np.random.default_rng(0), 4, 3, 10)
+    with open_run(tmp_path / "run", replace(SETTINGS, top=4)) as run:
+        job = Job(run, Model(1), tracks, make_queries(tracks, [], ("t0",)))
+        whole = run_job(job)
+        scores = np.array([[7.0, 5.0, np.nan, 1.0]])
+        scores[:, [3, 0, 1][measured:]] = np.nan
+        raced = replace(
+            whole,
+            values={name: scores for name in whole.values},
+            errors={name: scores / 9 for name in whole.errors},
+            draws=np.array([[8, 8, 0, 64]]),
+            stage=np.array([[0, 0, -1, 1]]),
+        )
+        rankings = _section(job, raced, 0, {}, {}, _Sound(job)).rankings
+        build_report(job, raced)
+    assert len(rankings) == len(SETTINGS.functions)
+    for ranking in rankings:
+        assert [row.track for row in ranking.rows] == ["t3", "t0", "t1"][:measured]
+        assert [row.rank for row in ranking.rows] == [1, 2, 3][:measured]
+        assert ranking.tracks == 4
+    place = next(table for table in json.loads((tmp_path / "run" / "tables.json").read_text()))["rows"][0]
+    assert place[0] == "t0" and set(place[2:]) == {2}
 
 
 # -- metadata -------------------------------------------------------------------------------------
