@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import logging
 import math
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +20,7 @@ from attr_engine.errors import UserError, printable
 if TYPE_CHECKING:
     from attr_engine.fisher import Fisher
     from attr_engine.latents.ingest import Report
+    from attr_engine.settings import Settings
 
 
 def _ingest(args: argparse.Namespace) -> None:
@@ -211,7 +216,9 @@ def _run(args: argparse.Namespace) -> None:
 
     settings, out = cli_options.settings_of(args), Path(args.out)
     first = rank() == 0  # of several processes one speaks for all
-    with open_run(out, settings) as run:
+    if getattr(args, "dry_run", None):
+        return _dry_run(args, settings, first)
+    with open_run(out, settings, bars=True) as run:
         job = load_job(run)
         jobs.check(job)
         if first:
@@ -236,6 +243,17 @@ def _run(args: argparse.Namespace) -> None:
         if not settings.groups:  # a report is of single tracks
             print(f"report: {build_report(job, result)}")
         pipeline.drop_updates(job)
+
+
+def _dry_run(args: argparse.Namespace, settings: Settings, first: bool) -> None:
+    from attr_engine.estimate import STAGES, estimate, mirrored
+    from attr_engine.load import load_job
+
+    until = STAGES.index(args.command) + 1 if args.command in STAGES else len(STAGES)
+    with mirrored(args.out, settings, bars=True) as run:
+        found = estimate(load_job(run), STAGES[:until])
+    if first:
+        print(json.dumps(found.to_json()) if args.dry_run == "json" else found.text())
 
 
 def _print_fisher(fisher: Fisher, path: Path) -> None:
@@ -268,18 +286,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``attr-engine``.
 
     Returns:
-        0; 2 for what the user can put right (one sentence on standard error); 130 when interrupted.
+        0; 2 for what the user can put right (one sentence on standard error); 130 when interrupted, 143 when
+        terminated (SIGTERM).
     """
     args = cli_options.parser().parse_args(argv)
+    if args.log_level is not None:
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        logging.getLogger("attr_engine").setLevel(args.log_level)
     try:
-        _COMMANDS[args.command](args)
+        with _terminable():
+            _COMMANDS[args.command](args)
     except UserError as error:
         return _fail(str(error), 2)
     except OSError as error:  # a full disk, a folder without permission, a file that went away
         return _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 2)
+    except _Terminated:
+        return _fail("terminated; the same command carries on", 143)
     except KeyboardInterrupt:
         return _fail("interrupted; the same command carries on", 130)
     return 0
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, where Ctrl-C would have been."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM do what Ctrl-C does, for as long as the block runs."""
+
+    def stop(*_: object) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # only that one gets signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(message: str, code: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,13 @@ def _bool(text: str) -> bool:
     if text.lower() in ("0", "false", "no", "off"):
         return False
     raise argparse.ArgumentTypeError(f"{text!r} is neither on nor off")
+
+
+def _level(text: str) -> int:
+    level = logging.getLevelName(text.upper())
+    if not isinstance(level, int):
+        raise argparse.ArgumentTypeError(f"{text!r} is no level: use debug, info, warning or error")
+    return level
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
@@ -299,6 +307,8 @@ def parser() -> argparse.ArgumentParser:
         epilog="examples:\n  attr-engine demo --out demo-run        # no network, no files needed\n  attr-engine attribute --help\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    top.add_argument("--log-level", type=_level, default=None, metavar="LEVEL",
+                     help="write log messages from this level on (debug, info, warning) to standard error")  # fmt: skip
     commands = top.add_subparsers(dest="command", required=True, metavar="command")
     _add_ingest(commands)
     _add_shards(commands)
@@ -311,6 +321,10 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument(
             "--config", default="", help="JSON of settings, e.g. the config.json of a run; flags override it"
         )
+        if name != "report":
+            p.add_argument("--dry-run", nargs="?", const="text", choices=("text", "json"),
+                           help="measure a few passes, say how long, how much memory and disk it would take, and leave nothing "
+                                "behind; as text or JSON")  # fmt: skip
         _add_settings(p)
     add_rollup(commands, _command)
     p = _command(

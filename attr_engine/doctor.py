@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
 import platform
+import shutil
 import sys
 from importlib import metadata
 
@@ -65,6 +67,10 @@ def examine() -> str:
         lines.append(
             f"missing  GPU: everything runs on {torch.get_num_threads()} CPU threads; too slow for a billion parameters"
         )
+    free, memory = shutil.disk_usage(".").free, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    lines.append(
+        f"note     {memory / 1e9:.3g} GB of memory, {free / 1e9:.3g} GB free on the disk of this folder"
+    )
     if sys.version_info >= (3, 12):
         lines.append("note     stable-audio-tools 0.0.19 pins numpy 1.23.5 and needs Python 3.10 or 3.11")
     return "\n".join(lines)

@@ -1,8 +1,12 @@
-"""The one exception for what a user can put right."""
+"""The exceptions: what a user can put right, and what a user wanted."""
 
 
 class UserError(ValueError):
     """Bad input: one sentence that names the file or item and the way out (exit code 2)."""
+
+
+class Cancelled(Exception):
+    """The work was told to stop. What was finished is durable; the same call carries on."""
 
 
 def printable(text: str) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from attr_engine.diffusion import DrawPlan, Noised, noised_rows, work_dtype
-from attr_engine.errors import UserError
+from attr_engine.errors import Cancelled, UserError
 from attr_engine.latents.batch import Tracks, check_tracks
 from attr_engine.models.protocol import Denoiser, select_parameters
 from attr_engine.persample import SQUARES, Make, check_against_loop
@@ -150,8 +150,13 @@ def sum_unit(
         for k in range(0, len(every), s.rows):
             used |= SQUARES[s.gradients](model, parameters, make, every[k : k + s.rows], total)
         done = first + len(here)
-        if progress is not None:
-            progress(done)
+        try:
+            if progress is not None:
+                progress(done)
+        except Cancelled:
+            if checkpoint is not None:
+                save_tensors(checkpoint, total, {"key": key, "done": done, "used": sorted(used)})
+            raise
         if checkpoint is not None and time.monotonic() - saved > _SECONDS_BETWEEN_CHECKPOINTS:
             save_tensors(checkpoint, total, {"key": key, "done": done, "used": sorted(used)})
             saved = time.monotonic()

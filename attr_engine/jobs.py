@@ -274,17 +274,69 @@ def check(job: Job) -> None:
     _ = job.rows  # with a bound on memory, whether anything fits is found out here
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a stage does, counted.
+
+    Attributes:
+        tracks: tracks that are read.
+        forward: rows that go through the model without a gradient.
+        gradients: rows of which a gradient is taken: summed ones of queries, squared or multiplied ones of tracks.
+        written: updates that are made and written.
+        read: updates that are read and applied.
+    """
+
+    tracks: int = 0
+    forward: int = 0
+    gradients: int = 0
+    written: int = 0
+    read: int = 0
+
+
+def fisher_work(job: Job, tracks: int) -> Work:
+    """Of the Fisher of some tracks."""
+    return Work(tracks=tracks, gradients=tracks * job.run.settings.fisher_draws)
+
+
+def update_work(job: Job, missing: Sequence[tuple[Query, int]]) -> Work:
+    """Of unlearning, given queries and how many strengths each of them lacks, by one differentiated function."""
+    s = job.run.settings
+    tracks = sum(len(query.indices) for query, n in missing if n)
+    gradients = (
+        sum(len(query.indices) * (1 + n * (s.steps - 1)) for query, n in missing if n) * s.update_draws
+    )
+    return Work(tracks=tracks, gradients=gradients, written=sum(n for _, n in missing))
+
+
+def score_work(job: Job, units: Sequence[int]) -> Work:
+    """Of scoring, given how many tracks each unit has; of a race what it takes at most."""
+    s, n = job.run.settings, sum(units)
+    draws = n * s.score_draws
+    if s.top:
+        draws = n * min(s.race_draws, s.score_draws)
+        draws = max(draws, int(len(job.scored) * s.score_draws * s.race_share)) if n else 0
+    made = len(job.queries) * (len(s.strengths) if job.way == "passes" else 1)
+    passes = 3 if job.way == "tangent" else 1  # a tangent beside every product of a pass
+    # Paged updates are read for every unit, resident ones once.
+    read = made * job.needs_forward * (len(units) if s.resident == 0 else bool(units))
+    read += job.updates * len(job.first_order) * bool(units)
+    forward = draws * (job.needs_forward + made * passes * job.needs_forward)
+    return Work(n, forward, draws * len(job.first_order), read=read)
+
+
+def unit_sizes(job: Job) -> list[int]:
+    """Tracks in each unit of scoring."""
+    size, tracks = job.run.settings.unit_tracks, len(job.scored)
+    return [min(size, tracks - first) for first in range(0, tracks, size)]
+
+
 def plan_of(job: Job) -> str:
-    """What the run is going to cost, in passes through the model."""
-    s, n = job.run.settings, len(job.scored)
-    updates = len(job.queries) * len(s.strengths)
-    kinds = len(job.row_functions)
-    unlearned = sum(len(q.indices) for q in job.queries)
-    backward = len(job.tracks) * s.fisher_draws
-    backward += kinds * unlearned * (1 + len(s.strengths) * (s.steps - 1)) * s.update_draws
-    backward += n * s.score_draws * len(job.first_order)
-    forward = n * s.score_draws * (1 + updates * job.needs_forward)
+    """What the whole run costs, in passes through the model."""
+    made = [(query, len(job.made(function))) for query in job.queries for function in job.row_functions]
+    stages = (fisher_work(job, len(job.tracks)), update_work(job, made), score_work(job, unit_sizes(job)))
     return (
-        f"{len(job.queries)} queries, {updates} updates, {n} tracks: {backward} gradients "
-        f"and {forward} forward passes, {job.rows} rows a pass"
+        f"{len(job.queries)} queries, {job.updates} updates, {len(job.scored)} tracks: "
+        f"{sum(w.gradients for w in stages)} gradients and {sum(w.forward for w in stages)} forward passes"
+        f"{' at most' if job.run.settings.top else ''}, "
+        f"{job.rows} rows a pass"
     )

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from attr_engine import progress
 from attr_engine.errors import UserError
 from attr_engine.jobs import Job, make_job
 from attr_engine.latents import LatentDataset
@@ -80,5 +79,5 @@ def _load_queries(run: Run, model: StableAudioDenoiser, source: Path) -> LatentD
         )
         condition = [n for n in names if n not in ("seconds_start", "seconds_total")]
         ingest_audio(source, folder, encoder, model.frames, metadata, condition, "error", kind="query",
-                     progress=progress.bar("encoding queries", "file"))  # fmt: skip
+                     progress=run.progress("queries", "file", "encoding queries"))  # fmt: skip
     return LatentDataset(folder)

@@ -6,6 +6,7 @@ of one and of two rows really hold at their peak, on a CPU as on a GPU; nothing 
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from attr_engine.errors import UserError
 from attr_engine.latents.batch import Batch
 from attr_engine.models.protocol import Denoiser
 from attr_engine.persample import SQUARES, summed_gradient
+
+log = logging.getLogger(__name__)
 
 MOST_ROWS = 256  # a pass of more rows is no faster
 USUAL_ROWS = 16
@@ -89,6 +92,11 @@ def cpu_rows(work: Callable[[int], object]) -> int:
     return max(1, min(USUAL_ROWS, 1 + int((CPU_PASS_BYTES - first) // max(second - first, 1))))
 
 
+def weight_bytes(model: Denoiser) -> int:
+    """Bytes of the model's own weights."""
+    return sum(x.numel() * x.element_size() for x in model.module.state_dict().values())
+
+
 @dataclass(frozen=True)
 class Pass:
     """One kind of pass.
@@ -102,10 +110,11 @@ class Pass:
     held: int
 
 
-def _passes(
+def passes(
     model: Denoiser, parameters: Mapping[str, nn.Parameter], batch: Batch, plan: DrawPlan, unit_rows: int,
     directions: int, gradients: str,
 ) -> dict[str, Pass]:  # fmt: skip
+    """The kinds of passes of a run by their stage, and what is held beside each; arguments as of :func:`fit_rows`."""
     wide = work_dtype(model)
     group = sum(p.numel() for p in parameters.values()) * wide.itemsize
     latents = 4 * model.channels * model.frames * wide.itemsize  # clean, noised, target, prediction
@@ -166,16 +175,17 @@ def fit_rows(
         UserError: not even one row fits; names the stage and what it needs.
     """
     device = next(model.module.parameters()).device
-    passes = _passes(model, parameters, batch, plan, unit_rows, directions, gradients)
+    kinds = passes(model, parameters, batch, plan, unit_rows, directions, gradients)
     rows = MOST_ROWS if gigabytes else USUAL_ROWS
     if device.type == "cpu":
-        fisher = passes["the Fisher"].work
+        fisher = kinds["the Fisher"].work
         fisher(1)  # whatever is only made once, such as cached conditioning
         rows = cpu_rows(fisher)
     if not gigabytes:
+        log.info("%d rows a pass: what is fast on this device", rows)
         return rows
-    weights = sum(x.numel() * x.element_size() for x in model.module.state_dict().values())
-    for name, one in passes.items():
+    weights = weight_bytes(model)
+    for name, one in kinds.items():
         one.work(1)
         first, second = (peak_bytes(partial(one.work, n), device) for n in (1, 2))
         room = gigabytes * 1e9 - weights - one.held - first
@@ -185,4 +195,5 @@ def fit_rows(
                 f"{name} takes {need:.3g} GB with one row, more than --memory {gigabytes:g}: allow more, or name fewer --layers"
             )
         rows = min(rows, 1 + int(room // max(second - first, 1)))
+    log.info("%d rows a pass: what fits into %g GB", rows, gigabytes)
     return rows

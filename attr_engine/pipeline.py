@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from attr_engine import progress
 from attr_engine.diffusion import ROW_FUNCTIONS
 from attr_engine.fisher import Fisher, FisherSettings, check_fisher, combine, fisher_units, sum_unit
 from attr_engine.jobs import FISHER_SETTINGS, Job, Query, check, make_job, update_key
 from attr_engine.latents.batch import Tracks
 from attr_engine.models.protocol import Denoiser, select_parameters
+from attr_engine.monitor import Cancel, Progress
 from attr_engine.race import Part, Tally
 from attr_engine.result import Attribution, run_metadata
 from attr_engine.runs import LOCKS, open_run
@@ -50,7 +50,7 @@ def fisher_stage(job: Job) -> Fisher:
         _sum_units(job, path, key)
     fisher = Fisher.load(path, key)
     if not known.exists():
-        with once(job.run.path / LOCKS / "cache.lock", known) as mine:
+        with once(known.with_suffix(".lock"), known) as mine:  # other runs may write it too
             if mine:
                 fisher.save(known, key)
     shutil.rmtree(path.with_suffix(""), ignore_errors=True)
@@ -62,7 +62,7 @@ def _sum_units(job: Job, finished: Path, key: str) -> None:
     settings, total = _fisher_settings(job), len(job.tracks)
     units = fisher_units(total, settings)
     paths = [finished.with_suffix("") / f"{i:02d}.safetensors" for i in range(len(units))]
-    show = progress.bar("Fisher", "track")
+    show = job.run.progress("fisher", "track", "Fisher")
 
     def known() -> int:
         return sum(len(unit) for unit, path in zip(units, paths, strict=True) if path.exists())
@@ -76,7 +76,13 @@ def _sum_units(job: Job, finished: Path, key: str) -> None:
         checkpoint.unlink(missing_ok=True)
 
     with job.run.stage("fisher"):
-        run_units(paths, compute, finished, job.run.path / LOCKS / "fisher", lambda _: show(known(), total))
+        run_units(
+            paths,
+            compute,
+            finished,
+            job.run.path / LOCKS / "fisher",
+            lambda done: show(total if done == len(units) else known(), total),
+        )
     with once(job.run.path / LOCKS / "fisher.lock", finished) as mine:
         if mine:
             sums = ((values, meta["used"]) for values, meta in (load_tensors(p, key) for p in paths))
@@ -87,14 +93,14 @@ def update_stage(job: Job, fisher: Fisher, finished: Path | None = None) -> None
     """Unlearn every query at every strength; not those that are missing because ``finished`` was made of them."""
     s = job.run.settings
     parameters = select_parameters(job.model, s.layers)
-    show = progress.bar("unlearning", "query")
+    show = job.run.progress("unlearn", "query", "unlearning")
     units = [(query, function) for query in job.queries for function in job.row_functions]
     # Strengths are written in their order: with the last one all are there.
     paths = [job.update_path(query, job.made(function)[-1], function) for query, function in units]
     with job.run.stage("unlearn"):
         run_units(
             paths,
-            lambda i: _update_query(job, fisher, parameters, *units[i]),
+            lambda i: _update_query(job, fisher, parameters, *units[i], show),
             finished,
             job.run.path / LOCKS / "update",
             lambda done: show(done, len(units)),
@@ -102,31 +108,47 @@ def update_stage(job: Job, fisher: Fisher, finished: Path | None = None) -> None
 
 
 def _update_query(
-    job: Job, fisher: Fisher, parameters: Mapping[str, torch.nn.Parameter], query: Query, name: str
+    job: Job,
+    fisher: Fisher,
+    parameters: Mapping[str, torch.nn.Parameter],
+    query: Query,
+    name: str,
+    show: Progress,
 ) -> None:
     """Unlearn one query at every strength that has no file yet."""
     s, function = job.run.settings, ROW_FUNCTIONS[name]
     missing = [x for x in job.made(name) if not job.update_path(query, x, name).exists()]
     if not missing:
         return
+    rows = len(query.indices) * s.update_draws
+    tick = show.within(-(-rows // job.rows) * (1 + len(missing) * (s.steps - 1)))
+    draws = range(s.update_draws)
     first = group_gradient(
         job.model,
         parameters,
         query.tracks,
         query.indices,
-        range(s.update_draws),
+        draws,
         job.plan,
         s.mask_update,
         job.rows,
         function,
+        tick,
     )
     for strength in missing:
         update = unlearn_query(
             job.model, query.tracks, query.indices, fisher, job.plan, len(job.tracks), strength, s.unit,
-            s.steps, s.update_draws, s.damping, s.mask_update, job.rows, first, function,
+            s.steps, s.update_draws, s.damping, s.mask_update, job.rows, first, function, tick,
         )  # fmt: skip
         dtype = torch.bfloat16 if s.update_dtype == "bfloat16" else None
         update.save(job.update_path(query, strength, name), update_key(job, query, name), dtype)
+
+
+def _comparable(tally: Tally, top: int) -> np.ndarray:
+    """Scores ``[U, N]``, which in a race stand for means over the same draws."""
+    if not top:
+        return tally.means
+    return np.stack([tally.adjusted(u, top)[0] for u in range(len(tally.draws))])
 
 
 def finish(job: Job, parts: Sequence[Part]) -> Attribution:
@@ -136,7 +158,7 @@ def finish(job: Job, parts: Sequence[Part]) -> Attribution:
         by_function = scores(parts[0].effects, s.functions, s.replicates)
     else:
         tallies = {name: Tally.of(parts, name, job.updates, n, s.replicates) for name in s.functions}
-        by_function = {name: (tally.means, tally.errors) for name, tally in tallies.items()}
+        by_function = {name: (_comparable(tally, s.top), tally.errors) for name, tally in tallies.items()}
     base, draws = np.full(n, np.nan), np.zeros((job.updates, n), dtype=np.int64)
     for part in reversed(parts):  # of a track in several parts the first one tells
         base[part.tracks] = part.effects.base.mean(axis=-1)
@@ -208,6 +230,8 @@ def attribute(
     queries: Tracks | Sequence[Tracks] | None = None,
     settings: Settings | None = None,
     out: str | Path | None = None,
+    cancel: Cancel | None = None,
+    bars: bool = False,
 ) -> Attribution:
     """Attribute queries to training tracks, or to groups of them.
 
@@ -222,18 +246,21 @@ def attribute(
             training tracks.
         settings: paths in it are not read here; everything else is.
         out: run directory, kept; the same call carries on there. Default: a temporary one.
+        cancel: says when to stop, such as a ``threading.Event``; looked at between passes.
+        bars: whether to draw progress bars on standard error.
 
     Returns:
         Scores and standard errors of every track, or group, for every query and strength.
 
     Raises:
         UserError: anything unusable, by name.
+        Cancelled: ``cancel`` was set; what is finished is in ``out``, and the same call carries on.
     """
     settings = settings or Settings()
     if out is None:
         with tempfile.TemporaryDirectory(prefix="attr-engine-") as folder:
-            return attribute(model, tracks, queries, settings, folder)
-    with open_run(out, settings) as run:
+            return attribute(model, tracks, queries, settings, folder, cancel, bars)
+    with open_run(out, settings, cancel, bars) as run:
         sets: Any = queries if isinstance(queries, list | tuple) else [] if queries is None else [queries]
         job = make_job(run, model, tracks, sets)
         result = run_job(job)

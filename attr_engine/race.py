@@ -1,18 +1,21 @@
 """Racing for the top k: few draws for every track, more only for those whose place in the top k is not decided.
 
-Every draw of a track is one of R independently shifted replicates of the timestep sequence, so the spread of the R means is the
-error of a score (:func:`attr_engine.diffusion.standard_error`). It has R - 1 degrees of freedom, which is noisy: the variance a race
-reckons with is the mean of a track's own and of that of the tracks around the border of the top k. Rounds double the draws of the
-tracks whose interval reaches across the border, until there is none or the race has taken its share of exhaustive scoring;
-tracks that were left behind take part again if the border comes down to them. (Successive elimination: Even-Dar et al. 2006;
-with a budget, nearest to the border first: Gabillon et al. 2012.)
+Rounds double the draws of the tracks whose interval reaches across the border of the top k, until there is none or the race has taken
+its share of exhaustive scoring; tracks that were left behind take part again if the border comes down to them (successive
+elimination: Even-Dar et al. 2006; with a budget, nearest to the border first: Gabillon et al. 2012).
+
+What a draw does to all tracks alike says nothing of their order, and tracks that had other draws are not compared by it: the mean over
+the reference, tracks around the border that had all draws, is taken off, draw by draw, and its mean over all draws put back (a
+control variate). With the plan ``shared`` that is most of the noise. What is left spreads over the R replicates of the timestep
+sequence (:func:`attr_engine.diffusion.standard_error`) with R - 1 degrees of freedom, which is noisy: the variance that a race
+reckons with is the mean of a track's own and of the reference's.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
@@ -38,7 +41,6 @@ class Part:
     effects: Effects
 
 
-@dataclass
 class Tally:
     """Sums of per-draw scores of U updates and N tracks, by replicate.
 
@@ -47,23 +49,23 @@ class Tally:
         draws: int64 ``[U, N]``, how many draws are in them; 0 where nothing was measured.
     """
 
-    sums: np.ndarray
-    draws: np.ndarray = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.draws = np.zeros(self.sums.shape[:2], dtype=np.int64)
+    def __init__(self, function: str, updates: int, tracks: int, replicates: int) -> None:
+        self.sums = np.zeros((updates, tracks, replicates))
+        self.draws = np.zeros((updates, tracks), dtype=np.int64)
+        self._function, self._parts = function, list[Part]()
 
     @staticmethod
     def of(parts: Sequence[Part], function: str, updates: int, tracks: int, replicates: int) -> Tally:
         """Add up the scores of some parts by one function."""
-        tally = Tally(np.zeros((updates, tracks, replicates)))
+        tally = Tally(function, updates, tracks, replicates)
         for part in parts:
-            tally.add(part, function)
+            tally.add(part)
         return tally
 
-    def add(self, part: Part, function: str) -> None:
+    def add(self, part: Part) -> None:
         """Add the scores of a part; its draws must follow those that are there."""
-        per_draw = score_function(function)(part.effects)
+        self._parts.append(part)
+        per_draw = score_function(self._function)(part.effects)
         rounds = per_draw.reshape(*per_draw.shape[:2], -1, self.sums.shape[2])
         where = np.ix_(np.asarray(part.updates), part.tracks)
         self.sums[where] += rounds.sum(axis=2)
@@ -72,18 +74,62 @@ class Tally:
     @property
     def means(self) -> np.ndarray:
         """``[U, N]``; NaN where nothing was measured."""
-        with np.errstate(invalid="ignore"):
-            return np.asarray(self.sums.sum(axis=2) / np.where(self.draws > 0, self.draws, np.nan))
+        return np.asarray(self.by_replicate().mean(axis=2))
 
     @property
     def errors(self) -> np.ndarray:
         """Standard errors ``[U, N]``; NaN where nothing was measured, or with one replicate."""
-        replicates = self.sums.shape[2]
-        if replicates < 2:
-            return np.full(self.draws.shape, np.nan)
-        with np.errstate(invalid="ignore"):
-            means = self.sums / np.where(self.draws > 0, self.draws / replicates, np.nan)[..., None]
-        return np.asarray(means.std(axis=2, ddof=1) / math.sqrt(replicates))
+        return _error(self.by_replicate())
+
+    def by_replicate(self) -> np.ndarray:
+        """Means over the draws of each replicate, ``[U, N, R]``; NaN where nothing was measured."""
+        each = np.where(self.draws > 0, self.draws / self.sums.shape[2], np.nan)
+        return np.asarray(self.sums / each[..., None])
+
+    def reference(self, update: int, top: int) -> np.ndarray:
+        """Tracks with the most draws; where all have the same, those around the border of the top k."""
+        draws = self.draws[update]
+        most = np.flatnonzero(draws == draws.max())
+        if len(most) < int((draws > 0).sum()):
+            return most
+        order = most[np.argsort(-self.sums[update, most].sum(axis=1), kind="stable")]
+        return order[top // 2 : 2 * top]
+
+    def adjusted(self, update: int, top: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scores that may be compared whatever draws they are of, and their errors.
+
+        Args:
+            update: which.
+            top: k.
+
+        Returns:
+            float64 ``[N]`` each; NaN where nothing was measured.
+        """
+        own, draws, replicates = self.by_replicate()[update], self.draws[update], self.sums.shape[2]
+        common = self._common(update, self.reference(update, top))
+        rounds = np.cumsum(common.reshape(-1, replicates), axis=0)  # [D / R, R]
+        counts = np.maximum(draws // replicates, 1)
+        alike = rounds[counts - 1] / counts[:, None]
+        rest = own - alike
+        return rest.mean(axis=1) + common.mean(), _error(rest)
+
+    def _common(self, update: int, reference: np.ndarray) -> np.ndarray:
+        """Mean score of the reference on each of its draws, ``[D]``."""
+        found: dict[int, list[np.ndarray]] = {}  # by the first draw of a round
+        for part in self._parts:
+            here = np.isin(part.tracks, reference)
+            if update in part.updates and here.any():
+                per_draw = score_function(self._function)(part.effects)[list(part.updates).index(update)]
+                found.setdefault(part.draws.start, []).append(per_draw[here])
+        return np.concatenate([np.concatenate(found[first]).mean(axis=0) for first in sorted(found)])
+
+
+def _error(by_replicate: np.ndarray) -> np.ndarray:
+    """Standard error of the mean over replicates ``[..., R]``."""
+    replicates = by_replicate.shape[-1]
+    if replicates < 2:
+        return np.full(by_replicate.shape[:-1], np.nan)
+    return np.asarray(by_replicate.std(axis=-1, ddof=1) / math.sqrt(replicates))
 
 
 @dataclass(frozen=True)
@@ -102,13 +148,16 @@ class Race:
     most: int
     share: float
 
-    def undecided(self, means: np.ndarray, errors: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    def undecided(
+        self, means: np.ndarray, errors: np.ndarray, draws: np.ndarray, reference: np.ndarray
+    ) -> np.ndarray:
         """How near the border every track is, in units of what decides: below 1 it is not decided.
 
         Args:
             means: ``[N]``, NaN for what takes no part.
             errors: ``[N]``.
             draws: ``[N]``.
+            reference: indices of the tracks whose variance stands for all.
 
         Returns:
             float64 ``[N]``, infinite for what takes no part.
@@ -119,9 +168,8 @@ class Race:
             return out
         order = runs[np.argsort(-means[runs], kind="stable")]
         inside, outside = order[self.top - 1], order[self.top]
-        around = order[max(0, self.top // 2) : self.top * 2]
         per_draw = errors**2 * draws
-        pooled = float(per_draw[around].mean())
+        pooled = float(per_draw[reference].mean())
         variance = (per_draw + pooled) / 2 / np.maximum(draws, 1)
         # A track inside is compared with the best outside, and the other way round.
         rival = np.where(means >= means[inside], outside, inside)
@@ -131,19 +179,21 @@ class Race:
             out[runs] = np.where(reach[runs] > 0, distance[runs] / reach[runs], np.inf)
         return out
 
-    def next(self, means: np.ndarray, errors: np.ndarray, draws: np.ndarray) -> Mapping[int, np.ndarray]:
+    def next(self, tally: Tally, updates: Sequence[int]) -> Mapping[int, np.ndarray]:
         """Whose draws are doubled next, for updates whose effects are measured together.
 
         Args:
-            means: ``[V, N]``, NaN for what takes no part.
-            errors: ``[V, N]``.
-            draws: ``[N]``, that are there.
+            tally: what is known.
+            updates: indices; their tracks have the same draws.
 
         Returns:
             Number of draws that are there to tracks ``[n]`` that get as many again (no more than ``most``); empty where the race
             is over.
         """
-        near = np.min([self.undecided(m, e, draws) for m, e in zip(means, errors, strict=True)], axis=0)
+        draws = tally.draws[updates[0]]
+        near = np.min([
+            self.undecided(*tally.adjusted(u, self.top), draws, tally.reference(u, self.top)) for u in updates
+        ], axis=0)  # fmt: skip
         wanted = np.flatnonzero((near < 1) & (draws < self.most))
         more = np.minimum(draws, self.most - draws)
         room = self.share * self.most * int((draws > 0).sum()) - int(draws.sum())

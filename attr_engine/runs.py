@@ -16,6 +16,7 @@ from typing import Any
 from attr_engine.errors import UserError
 from attr_engine.files import write_json
 from attr_engine.models.checkpoint import read_json
+from attr_engine.monitor import RUN, Cancel, Monitor, Progress, add_costs, costs_now
 from attr_engine.settings import Settings, differences, read_settings, to_json
 from attr_engine.units import held, rank, workers
 
@@ -55,10 +56,14 @@ class Run:
     Attributes:
         path: the directory.
         settings: what this run computes.
+        monitor: what it tells while it works.
     """
 
-    def __init__(self, path: Path, settings: Settings) -> None:
+    def __init__(
+        self, path: Path, settings: Settings, cancel: Cancel | None = None, bars: bool = False
+    ) -> None:
         self.path, self.settings = path, settings
+        self.monitor = Monitor(path, cancel, bars)
 
     def record(self) -> None:
         """Bind the directory to the settings, before its first result: a refused call binds nothing.
@@ -72,31 +77,62 @@ class Run:
                 write_json(self.path / ENVIRONMENT, environment())
         except OSError as error:
             raise _unwritable(self.path, error) from error
+        self.monitor.begin(RUN)
+
+    def progress(self, stage: str, unit: str, what: str = "") -> Progress:
+        """What a stage calls to say how far it is; see :meth:`attr_engine.monitor.Monitor.progress`."""
+        return self.monitor.progress(stage, unit, what)
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a stage; seconds of resumed stages add up in ``timings.json``."""
-        start = time.perf_counter()
+        """Tell when a stage begins and ends, and what it costs; costs of resumed stages add up in ``timings.json``."""
+        before = costs_now()
         try:
-            yield
+            with self.monitor.stage(name):
+                yield
         finally:
+            now = costs_now()
+            more = {k: v if k.startswith("peak") else v - before.get(k, v) for k, v in now.items()}
             path = self.path / (TIMINGS if rank() == 0 else f"timings-{rank()}.json")
-            timings = read_json(path, "table of timings") if path.exists() else {}
-            timings[name] = timings.get(name, 0.0) + time.perf_counter() - start
+            timings = _read_costs(path) if path.exists() else {}
+            timings[name] = add_costs(timings.get(name, {}), more)
             write_json(path, timings)
 
-    def timings(self) -> dict[str, float]:
-        """Stage name to seconds, over all sittings and processes."""
-        total: dict[str, float] = {}
+    def costs(self) -> dict[str, dict[str, float]]:
+        """Stage to what it cost, over all sittings and processes.
+
+        Returns:
+            Of each stage ``seconds``, ``bytes_read`` and ``bytes_written`` of all processes together, ``peak_rss_bytes`` of the
+            largest process until the end of the stage, and on a GPU ``peak_gpu_bytes``
+            (:func:`attr_engine.monitor.costs_now`).
+        """
+        total: dict[str, dict[str, float]] = {}
         for path in sorted(self.path.glob("timings*.json")):
-            for name, seconds in read_json(path, "table of timings").items():
-                total[name] = total.get(name, 0.0) + seconds
+            for name, costs in _read_costs(path).items():
+                total[name] = add_costs(total.get(name, {}), costs)
         return total
+
+    def timings(self) -> dict[str, float]:
+        """Stage to seconds, over all sittings and processes."""
+        return {name: costs["seconds"] for name, costs in self.costs().items()}
+
+
+def _read_costs(path: Path) -> dict[str, dict[str, float]]:
+    found = read_json(path, "table of timings")
+    return {k: v if isinstance(v, dict) else {"seconds": float(v)} for k, v in found.items()}
 
 
 @contextlib.contextmanager
-def open_run(path: str | Path, settings: Settings) -> Iterator[Run]:
+def open_run(
+    path: str | Path, settings: Settings, cancel: Cancel | None = None, bars: bool = False
+) -> Iterator[Run]:
     """Open a run directory, new or to be continued: for this process alone, or for those that ``torchrun`` started.
+
+    Args:
+        path: the directory.
+        settings: what the run computes.
+        cancel: says when to stop (:class:`attr_engine.errors.Cancelled`), such as a ``threading.Event``.
+        bars: whether to draw bars on standard error.
 
     Raises:
         UserError: it holds a run with other settings (each is named), or another process works there,
@@ -114,15 +150,31 @@ def open_run(path: str | Path, settings: Settings) -> Iterator[Run]:
             _sweep(root)
         if workers() > 1:
             fcntl.flock(lock, fcntl.LOCK_SH)
-        if config.exists():
-            changed = differences(read_settings(config), settings)
-            if changed:
-                raise UserError(
-                    f"{root} holds a run with other settings ({'; '.join(changed)}): use the same, or another --out"
-                )
-        yield Run(root, settings)
+        check_same(root, settings)
+        run = Run(root, settings, cancel, bars)
+        try:
+            yield run
+        except BaseException as error:
+            run.monitor.close(error)
+            raise
+        run.monitor.close()
     finally:
         os.close(lock)
+
+
+def check_same(root: Path, settings: Settings) -> None:
+    """Refuse other settings than those that a run directory is bound to.
+
+    Raises:
+        UserError: each is named.
+    """
+    if not (root / CONFIG).exists():
+        return
+    changed = differences(read_settings(root / CONFIG), settings)
+    if changed:
+        raise UserError(
+            f"{root} holds a run with other settings ({'; '.join(changed)}): use the same, or another --out"
+        )
 
 
 def _unwritable(root: Path, error: OSError) -> UserError:

@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from attr_engine import progress
 from attr_engine.diffusion import ROW_FUNCTIONS
-from attr_engine.effectfile import from_tensors, read_parts, save_parts, to_tensors
+from attr_engine.effectfile import read_parts, save_parts
 from attr_engine.effects import Base, Effects, Keep, measure_effects, measure_tangents
 from attr_engine.errors import UserError
 from attr_engine.influence import DIRECTION_BYTES, measure_influence
 from attr_engine.jobs import UPDATE_SETTINGS, Job, update_key
 from attr_engine.latents.batch import Batch
 from attr_engine.models.protocol import select_parameters
+from attr_engine.monitor import Progress
 from attr_engine.race import Part, Race, Tally
 from attr_engine.runs import LOCKS, key_of
 from attr_engine.score import FIRST_ORDER
@@ -192,29 +192,33 @@ def score_stage(job: Job) -> list[Part]:
 
 def _measure_all(job: Job, key: str, finished: Path) -> None:
     """Every round, and the file that is made of them; returns as soon as another process has made it."""
-    s, scorer, parts = job.run.settings, Scorer(job), []
-    tally = Tally(np.zeros((job.updates, len(job.scored), s.replicates)))
-    units, number = first_units(job), 0
-    while units:
-        paths = [job.run.path / "units" / f"{number}-{i:06d}.safetensors" for i in range(len(units))]
-        measure_units(job, scorer, units, paths, key, finished)
-        if finished.exists():
-            return
-        try:
-            new = _parts(units, [from_tensors(load_tensors(path, key)[0]) for path in paths])
-        except UserError:
-            if finished.exists():  # another process has made it meanwhile, and cleared up
-                return
-            raise
-        for part in new:
-            check_finite(job, part)
-            tally.add(part, s.functions[0])
-        parts += new
-        units, number = next_units(job, tally) if s.top else [], number + 1
+    with job.run.stage("score"):
+        parts = _rounds(job, key, finished)
     # After the stage's time is on disk: what is finished does not enter the stage again.
     with once(job.run.path / LOCKS / "score.lock", finished) as mine:
         if mine:
             save_parts(finished, parts, {"key": key, **_names(job)})
+
+
+def _rounds(job: Job, key: str, finished: Path) -> list[Part]:
+    """One round where all tracks get all draws; of a race as many as it takes. Less, if another process has finished."""
+    s, scorer, parts = job.run.settings, Scorer(job), list[Part]()
+    show = job.run.progress("score", "unit", f"scoring {len(job.scored)} tracks under {job.updates} updates")
+    units, number, before = first_units(job), 0, 0
+    while units:
+        paths = [job.run.path / "units" / f"{number}-{i:06d}.safetensors" for i in range(len(units))]
+        measure_units(job, scorer, units, paths, key, finished, show, before)
+        try:
+            parts += _merged([part for path in paths for part in read_parts(path, key)])
+        except UserError:
+            if finished.exists():  # another process has made it meanwhile, and cleared up
+                return []
+            raise
+        for part in parts:
+            check_finite(job, part)
+        before, number = before + len(units), number + 1
+        units = next_units(job, parts) if s.top else []
+    return parts
 
 
 def _names(job: Job) -> dict[str, Any]:
@@ -239,48 +243,52 @@ def race_of(job: Job) -> Race:
     return Race(s.top, s.confidence, s.score_draws, s.race_share)
 
 
-def next_units(job: Job, tally: Tally) -> list[Unit]:
+def next_units(job: Job, parts: Sequence[Part]) -> list[Unit]:
     """More draws for those tracks whose place in the top k is not decided."""
-    size, race = job.run.settings.unit_tracks, race_of(job)
+    s, race = job.run.settings, race_of(job)
+    tally = Tally.of(parts, s.functions[0], job.updates, len(job.scored), s.replicates)
     # A backward pass serves all updates; forward passes are made under one.
     together = [[u] for u in range(job.updates)] if job.needs_forward else [list(range(job.updates))]
     return [
-        Unit([int(i) for i in chosen[k : k + size]], group, range(there, min(2 * there, race.most)))
+        Unit([int(i) for i in chosen[k : k + s.unit_tracks]], group, range(there, min(2 * there, race.most)))
         for group in together
-        for there, chosen in race.next(tally.means[group], tally.errors[group], tally.draws[group[0]]).items()
-        for k in range(0, len(chosen), size)
+        for there, chosen in race.next(tally, group).items()
+        for k in range(0, len(chosen), s.unit_tracks)
     ]
 
 
 def measure_units(
-    job: Job, scorer: Scorer, units: Sequence[Unit], paths: Sequence[Path], key: str, finished: Path
-) -> None:
+    job: Job, scorer: Scorer, units: Sequence[Unit], paths: Sequence[Path], key: str, finished: Path, show: Progress, before: int
+) -> None:  # fmt: skip
     """Measure the units that nobody else measures; return when the files of all are there."""
-    what = f"scoring {len(job.scored)} tracks under {job.updates} updates"
-    show = progress.bar(what, "unit")
 
     def compute(i: int) -> None:
-        where = {"first": units[i].tracks[0], "count": len(units[i].tracks)}
-        save_tensors(paths[i], to_tensors(scorer(units[i])), {"key": key, **where})
+        unit = units[i]
+        effects = scorer(unit, show.within(_passes(job, unit)))
+        part = Part(np.asarray(unit.tracks), unit.updates, unit.draws, effects)
+        save_parts(paths[i], [part], {"key": key})
 
-    with job.run.stage("score"):
-        locks = job.run.path / LOCKS / paths[0].stem.split("-")[0]
-        run_units(paths, compute, finished, locks, lambda done: show(done, len(units)))
+    locks = job.run.path / LOCKS / f"score-{paths[0].stem.split('-')[0]}"
+    run_units(paths, compute, finished, locks, lambda done: show(before + done, before + len(units)))
 
 
-def _parts(units: Sequence[Unit], effects: Sequence[Effects]) -> list[Part]:
-    """Units with the same updates and draws as one part, tracks in their order."""
-    groups: dict[tuple[tuple[int, ...], range], list[int]] = {}
-    for i, unit in enumerate(units):
-        groups.setdefault((tuple(unit.updates), unit.draws), []).append(i)
+def _passes(job: Job, unit: Unit) -> int:
+    """How many passes through the model a unit takes."""
+    s = job.run.settings
+    made = len(unit.updates) if job.way == "passes" else len({u // len(s.strengths) for u in unit.updates})
+    rows = len(unit.tracks) * len(unit.draws)
+    backward = len(job.first_order) * -(-rows // (job.rows if s.gradients == "batch" else 1))
+    return backward + (1 + made) * -(-rows // job.rows) * job.needs_forward
+
+
+def _merged(parts: Sequence[Part]) -> list[Part]:
+    """Parts with the same updates and draws as one, tracks in their order."""
+    groups: dict[tuple[tuple[int, ...], range], list[Part]] = {}
+    for part in parts:
+        groups.setdefault((tuple(part.updates), part.draws), []).append(part)
     return [
-        Part(
-            np.concatenate([units[i].tracks for i in members]),
-            updates,
-            draws,
-            joined([effects[i] for i in members]),
-        )
-        for (updates, draws), members in groups.items()
+        Part(np.concatenate([p.tracks for p in some]), updates, draws, joined([p.effects for p in some]))
+        for (updates, draws), some in groups.items()
     ]
 
 

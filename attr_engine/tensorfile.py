@@ -43,6 +43,15 @@ class _Lazy(Mapping[str, Tensor]):
         return len(self._order)
 
 
+def load_meta(path: Path) -> dict[str, Any]:
+    """The metadata alone of what :func:`save_tensors` wrote.
+
+    Raises:
+        UserError: missing or damaged file.
+    """
+    return open_tensors(path)[1]
+
+
 def load_tensors(path: Path, key: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what :func:`save_tensors` wrote, tensors in the order in which they were given.
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 _SECONDS_BETWEEN_LOOKS = 0.1
+_SECONDS_BETWEEN_COUNTS = 5.0
 
 
 def rank() -> int:
@@ -51,6 +52,15 @@ def held(path: Path, wait: bool = False) -> Iterator[bool]:
         os.close(file)
 
 
+def _count(paths: Sequence[Path]) -> int:
+    """How many of the units are there; a listing of each folder, because there may be many."""
+    there: set[Path] = set()
+    for folder in {p.parent for p in paths}:
+        with contextlib.suppress(FileNotFoundError):
+            there.update(folder / name for name in os.listdir(folder))
+    return sum(p in there for p in paths)
+
+
 def run_units(
     paths: Sequence[Path],
     compute: Callable[[int], None],
@@ -65,7 +75,8 @@ def run_units(
         compute: makes the file of a unit, given its index; what it raises ends this process' part.
         finished: what is made of all units, if it is a file; once it is there, missing units are no longer needed.
         locks: prefix of the lock files.
-        progress: called with the number of units that are done.
+        progress: called with the number of units that are done, whoever did them: before, after and while others are waited
+            for. What it raises ends this process' part.
     """
     start = rank() * len(paths) // max(1, workers())
     order = [*range(start, len(paths)), *range(start)]  # neighbours do not try for the same units at first
@@ -75,10 +86,11 @@ def run_units(
 
     while True:
         missing = [i for i in order if not paths[i].exists()]
-        done = len(paths) - len(missing)
+        ended = not missing or over()
+        done, looked = len(paths) - len(missing), time.monotonic()
         if progress is not None:
-            progress(done)
-        if not missing or over():
+            progress(len(paths) if ended else done)
+        if ended:
             return
         idle = True
         for i in missing:
@@ -88,7 +100,9 @@ def run_units(
                 idle = False
                 if not paths[i].exists() and not over():
                     compute(i)
-            done += 1
+                    done += 1
+            if workers() > 1 and time.monotonic() - looked > _SECONDS_BETWEEN_COUNTS:
+                done, looked = _count(paths), time.monotonic()
             if progress is not None:
                 progress(done)
         if idle:

@@ -194,6 +194,43 @@ def test_a_run_that_is_done_is_not_computed_again(world, tmp_path):
     assert all((tmp_path / "run" / n).stat().st_mtime_ns == s for n, s in stamps.items())
 
 
+def test_a_dry_run_says_what_it_takes_and_leaves_nothing(world, tmp_path, capsys):
+    call = ["--config", world / "run" / "config.json", "--out", tmp_path / "dry"]  # with audio to be encoded
+    capsys.readouterr()
+    assert run("attribute", *call, "--dry-run") == 0
+    text = capsys.readouterr().out
+    assert [line.split()[0] for line in text.splitlines()[1:5]] == ["fisher", "unlearn", "score", "total"]
+    assert run("unlearn", *call, "--dry-run", "json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [s["name"] for s in found["stages"]] == ["fisher", "unlearn"] and found["disk_bytes"] > 0
+    assert list(tmp_path.iterdir()) == []
+    assert run("attribute", "--out", world / "run", "--dry-run") == 0
+    assert capsys.readouterr().out.count("done") == 3
+    assert "no model was named" in complaint(capsys, "fisher", "--out", tmp_path / "dry", "--dry-run")
+
+
+def test_log_messages_are_written_where_that_is_asked_for(world, tmp_path):
+    call = [
+        sys.executable,
+        "-m",
+        "attr_engine.cli",
+        "--log-level",
+        "info",
+        "attribute",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    shutil.copytree(world / "run", tmp_path / "run")
+    (tmp_path / "run" / "effects.safetensors").unlink()
+    environment = {**os.environ, "PYTHONPATH": str(Path(main.__code__.co_filename).parents[1])}
+    done = subprocess.run(call, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "INFO attr_engine.monitor: score: finished after" in done.stderr
+    with pytest.raises(SystemExit) as left:
+        run("--log-level", "loud", "doctor")
+    assert left.value.code == 2
+
+
 def test_an_index_is_built_and_searched(world, tmp_path, capsys):
     assert (
         run(

@@ -97,6 +97,8 @@ def check_whole(folder: Path) -> None:
                 assert all(torch.isfinite(file.get_tensor(name)).all() for name in file.keys())
         elif path.suffix == ".json":
             json.loads(path.read_text())
+        elif path.suffix == ".jsonl":
+            assert all(isinstance(json.loads(line), dict) for line in path.read_bytes().split(b"\n")[:-1])
         elif path.suffix == ".parquet":
             Attribution.from_parquet(path)
         elif path.suffix == ".csv":

@@ -43,17 +43,30 @@ def test_a_tally_is_the_mean_over_all_draws_and_the_error_of_the_replicates(rng)
             assert np.isclose(tally.errors[u, i], np.std(means, ddof=1) / np.sqrt(R), rtol=1e-9)
 
 
-def run(rng, race, levels, noise, first=4):
-    """One update's race on fresh draws; returns means and draws."""
+def run(rng, race, levels, noise, first=4, shared=0.0):
+    """One update's race on fresh draws, of which a part is the same for all tracks; returns scores, draws and plain means."""
     tracks = len(levels)
-    tally = Tally.of(
-        [make_part(rng, range(tracks), [0], range(first), levels[None], noise)], "loss_change", 1, tracks, R
-    )
-    while groups := race.next(tally.means, tally.errors, tally.draws[0]):
+    common = shared * rng.normal(size=race.most)
+
+    def part(chosen, draws):
+        made = make_part(rng, chosen, [0], draws, levels[None], noise)
+        e = made.effects
+        alike = common[draws.start : draws.stop]
+        return Part(made.tracks, made.updates, draws, Effects(e.base, e.unlearned + alike, e.displacement))
+
+    tally = Tally.of([part(range(tracks), range(first))], "loss_change", 1, tracks, R)
+    while groups := race.next(tally, [0]):
         for there, chosen in groups.items():
-            draws = range(there, min(2 * there, race.most))
-            tally.add(make_part(rng, chosen, [0], draws, levels[None], noise), "loss_change")
-    return tally.means[0], tally.draws[0]
+            tally.add(part(chosen, range(there, min(2 * there, race.most))))
+    return tally.adjusted(0, race.top)[0], tally.draws[0], tally.means[0]
+
+
+def fixed(means, errors, draws):
+    """A tally of which scores and errors are given."""
+    tally = Tally("loss_change", len(means), means.shape[1], R)
+    tally.draws[:] = draws
+    tally.adjusted = lambda update, top: (means[update], errors[update])
+    return tally
 
 
 def recall(means, levels, k):
@@ -65,7 +78,7 @@ def test_a_race_finds_nearly_what_all_draws_would_at_a_small_part_of_them(rng):
     race, found, exhaustive = Race(20, 0.95, 256, 0.1), [], []
     for _ in range(10):
         levels = rng.gamma(2.0, size=1000)
-        means, draws = run(rng, race, levels, 1.0)
+        means, draws, _ = run(rng, race, levels, 1.0)
         assert draws.sum() <= 0.1 * 256 * 1000 and draws.min() == 4 and draws.max() > 32
         found.append(recall(means, levels, 20))
         exhaustive.append(recall(levels + rng.normal(size=1000) / 16, levels, 20))
@@ -73,18 +86,18 @@ def test_a_race_finds_nearly_what_all_draws_would_at_a_small_part_of_them(rng):
 
 
 def test_without_noise_nobody_gets_a_second_round(rng):
-    _, draws = run(rng, Race(20, 0.95, 256, 1.0), rng.permutation(500) * 1.0, 1e-6)
+    _, draws, _ = run(rng, Race(20, 0.95, 256, 1.0), rng.permutation(500) * 1.0, 1e-6)
     assert (draws == 4).all()
 
 
 def test_no_more_than_the_share_is_taken_and_the_nearest_to_the_border_come_first(rng):
     levels = rng.normal(size=400) * 0.01  # nothing can be decided
     race = Race(10, 0.95, 64, 0.1)
-    means, draws = run(rng, race, levels, 1.0)
+    _, draws, _ = run(rng, race, levels, 1.0)
     assert 0.09 * 64 * 400 < draws.sum() <= 0.1 * 64 * 400
     means = np.arange(100.0)
     groups = Race(50, 0.95, 64, (400 + 40) / 6400).next(
-        means[None], np.full((1, 100), 100.0), np.full(100, 4)
+        fixed(means[None], np.full((1, 100), 100.0), np.full(100, 4)), [0]
     )
     assert list(groups) == [4] and sorted(groups[4]) == list(range(45, 55))
 
@@ -93,20 +106,26 @@ def test_decided_tracks_get_no_more_draws_and_those_that_come_back_do():
     means = np.array([9.0, 8.0, 3.0, 2.9, 1.0])
     errors, draws = np.array([0.1, 0.1, 0.3, 0.3, 0.1]), np.array([4, 4, 8, 8, 4])
     race = Race(3, 0.95, 64, 1.0)
-    assert {n: list(t) for n, t in race.next(means[None], errors[None], draws).items()} == {8: [2, 3]}
+    assert {n: list(t) for n, t in race.next(fixed(means[None], errors[None], draws), [0]).items()} == {
+        8: [2, 3]
+    }
     means[4] = 2.8
-    assert {n: list(t) for n, t in race.next(means[None], errors[None], draws).items()} == {4: [4], 8: [2, 3]}
+    assert {n: list(t) for n, t in race.next(fixed(means[None], errors[None], draws), [0]).items()} == {
+        4: [4],
+        8: [2, 3],
+    }
 
 
 def test_what_has_all_its_draws_gets_no_more_and_few_tracks_need_no_race():
     means, errors = np.array([1.0, 0.9, 0.8]), np.ones(3)
-    assert not Race(2, 0.95, 8, 1.0).next(means[None], errors[None], np.full(3, 8))
+    assert not Race(2, 0.95, 8, 1.0).next(fixed(means[None], errors[None], np.full(3, 8)), [0])
     assert {
-        n: list(t) for n, t in Race(2, 0.95, 12, 1.0).next(means[None], errors[None], np.full(3, 8)).items()
+        n: list(t)
+        for n, t in Race(2, 0.95, 12, 1.0).next(fixed(means[None], errors[None], np.full(3, 8)), [0]).items()
     } == {8: [0, 1, 2]}
-    assert not Race(3, 0.95, 64, 1.0).next(means[None], errors[None], np.full(3, 4))
+    assert not Race(3, 0.95, 64, 1.0).next(fixed(means[None], errors[None], np.full(3, 4)), [0])
     means[0] = np.nan
-    assert not Race(2, 0.95, 64, 1.0).next(means[None], errors[None], np.full(3, 4))
+    assert not Race(2, 0.95, 64, 1.0).next(fixed(means[None], errors[None], np.full(3, 4)), [0])
 
 
 @pytest.mark.parametrize("confidence", [0.8, 0.99])
@@ -114,7 +133,7 @@ def test_an_interval_is_as_wide_as_the_confidence_asks(confidence):
     from statistics import NormalDist
 
     means, errors, draws = np.array([5.0, 1.0, 0.0]), np.full(3, 1.0), np.full(3, 4)
-    near = Race(1, confidence, 64, 1.0).undecided(means, errors, draws)
+    near = Race(1, confidence, 64, 1.0).undecided(means, errors, draws, np.arange(3))
     reach = NormalDist().inv_cdf(0.5 + confidence / 2) * np.sqrt(2)
     assert np.allclose(near, np.array([4.0, 4.0, 5.0]) / reach)
 
@@ -123,5 +142,27 @@ def test_updates_that_are_measured_together_share_their_draws(rng):
     levels = rng.normal(size=(2, 300))
     errors, draws = np.full((2, 300), 0.3), np.full(300, 4)
     race = Race(5, 0.95, 64, 1.0)
-    single = [{*race.next(levels[[u]], errors[[u]], draws)[4]} for u in range(2)]
-    assert {*race.next(levels, errors, draws)[4]} == single[0] | single[1]
+    tally = fixed(levels, errors, draws)
+    single = [{*race.next(tally, [u])[4]} for u in range(2)]
+    assert {*race.next(tally, [0, 1])[4]} == single[0] | single[1]
+
+
+def test_what_draws_do_to_all_tracks_alike_does_not_disturb_a_race(rng):
+    """Shared noise a hundred times as large as what tells the tracks apart; plain means of other draws are then worthless."""
+    race, found, plain = Race(20, 0.95, 256, 0.1), [], []
+    for _ in range(5):
+        levels = rng.gamma(2.0, size=1000)
+        scores, draws, means = run(rng, race, levels, 1.0, shared=100.0)
+        assert draws.max() > 32
+        found.append(recall(scores, levels, 20))
+        plain.append(recall(means, levels, 20))
+    assert np.mean(found) > 0.9 > np.mean(plain)
+
+
+def test_scores_that_are_of_the_same_draws_are_not_adjusted(rng):
+    tally = Tally.of(
+        [make_part(rng, range(9), [0], range(8), rng.normal(size=(1, 9)), 1.0)], "loss_change", 1, 9, R
+    )
+    scores, errors = tally.adjusted(0, 2)
+    assert np.allclose(scores, tally.means[0], rtol=1e-12, atol=1e-12)
+    assert errors.shape == (9,) and (errors > 0).all()

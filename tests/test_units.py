@@ -12,7 +12,7 @@ import forks
 import pytest
 
 import attr_engine
-from attr_engine import UserError, attribute
+from attr_engine import UserError, attribute, units
 from attr_engine.runs import LOCKS
 from attr_engine.units import held, once, run_units
 
@@ -38,6 +38,31 @@ def test_what_was_made_of_all_units_ends_the_work(tmp_path):
         assert not mine
     with once(tmp_path / "once.lock", tmp_path / "other") as mine:
         assert mine
+
+
+def test_what_others_finish_is_counted_once(tmp_path, monkeypatch, rng):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(units, "_SECONDS_BETWEEN_COUNTS", -1.0)
+    paths, shown = [tmp_path / "units" / f"{i}" for i in range(12)], []
+    (tmp_path / "units").mkdir()
+    others = iter(rng.permutation(12).tolist())
+
+    def compute(i):
+        paths[i].touch()
+        paths[next(others)].touch()
+
+    def show(done):
+        assert done == sum(p.exists() for p in paths)
+        shown.append(done)
+
+    run_units(paths, compute, None, tmp_path / "lock", show)
+    assert shown[0] == 0 and shown[-1] == 12 and shown == sorted(shown)
+
+
+def test_where_others_have_put_the_units_together_all_are_done(tmp_path):
+    paths, finished, shown = [tmp_path / "units" / f"{i}" for i in range(3)], tmp_path / "finished", []
+    run_units(paths, lambda i: finished.touch(), finished, tmp_path / "lock", shown.append)
+    assert shown[0] == 0 and shown[-1] == 3
 
 
 def test_an_error_leaves_the_unit_to_others(tmp_path):

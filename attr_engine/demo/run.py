@@ -140,7 +140,7 @@ def run_demo(out: Path, full: bool = False, scale: Scale | None = None) -> Path:
 
 
 def _attribute(folder: Path, settings: Settings, start: float) -> Path:
-    with open_run(folder, settings) as run:
+    with open_run(folder, settings, bars=True) as run:
         job = load_job(run)
         jobs.check(job)
         _say(start, f"5/6 attributing: {jobs.plan_of(job)} (about 3 min)")

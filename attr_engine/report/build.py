@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from attr_engine import progress
 from attr_engine.effects import frame_effects
 from attr_engine.errors import UserError
 from attr_engine.files import write_json, write_text
@@ -131,7 +130,8 @@ def curves(job: Job, result: Attribution) -> dict[str, dict[str, np.ndarray]]:
     flat: dict[str, torch.Tensor] = {}
     out: dict[str, dict[str, np.ndarray]] = {}
     index: dict[str, dict[str, str]] = {}
-    show = progress.bar("where in the tracks", "query")
+    show = job.run.progress("curves", "query", "where in the tracks")
+    show(0, len(job.queries))
     for done, query in enumerate(job.queries):
         update = Update.load(
             job.update_path(query, s.strengths[0]), key_of(update_key, query.tracks.fingerprint)
