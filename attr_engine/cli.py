@@ -173,13 +173,14 @@ def _generate(args: argparse.Namespace) -> None:
 
 def _index(args: argparse.Namespace) -> None:
     from attr_engine.index import IndexSettings, build_index
+    from attr_engine.index_recall import sentences
     from attr_engine.latents import LatentDataset
     from attr_engine.load import open_model
     from attr_engine.units import rank
 
     settings = IndexSettings(
-        tuple(args.layers), args.function, args.draws, args.projection, args.rank, args.ridge, args.normalised,
-        numbers=args.numbers, seed=args.seed, rows=args.rows,
+        tuple(args.layers), args.function, args.draws, args.averaging, args.projection, args.rank, args.width,
+        args.ridge, args.normalised, numbers=args.numbers, seed=args.seed, rows=args.rows,
     )  # fmt: skip
     settings.check()
     model = open_model(args.model, args.weights, args.dtype, args.device)
@@ -187,6 +188,7 @@ def _index(args: argparse.Namespace) -> None:
     if rank() == 0:
         tracks, width = index.features.shape
         print(f"{tracks} tracks of {width} numbers ({index.features.nbytes / 1e6:.3g} MB) in {args.out}")
+        print("\n".join(sentences(index.meta["recall"], settings.numbers)))
 
 
 def _search(args: argparse.Namespace) -> None:

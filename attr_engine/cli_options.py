@@ -9,6 +9,8 @@ import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from attr_engine import cli_index
+from attr_engine.cli_index import add_command
 from attr_engine.cli_rollup import add_rollup
 from attr_engine.errors import printable
 from attr_engine.settings import Settings, field_types, from_json, read_settings, to_json
@@ -94,7 +96,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
 
 def _add_ingest(commands: Any) -> None:
-    p = _command(commands, "ingest", "turn audio, pre-encoded latents, webdataset tars or arrays into a data set",
+    p = add_command(commands, "ingest", "turn audio, pre-encoded latents, webdataset tars or arrays into a data set",
                  """examples:
   attr-engine ingest music/ --autoencoder model --seconds 24 --out latents
   attr-engine ingest music/ --autoencoder model --metadata tracks.csv --condition artist --out latents
@@ -176,7 +178,7 @@ and KEY.txt, as webdataset groups them; the JSON is that of a pre-encoded folder
 
 
 def _add_shards(commands: Any) -> None:
-    p = _command(commands, "shards", "inspect, check and repair a data set", """examples:
+    p = add_command(commands, "shards", "inspect, check and repair a data set", """examples:
   attr-engine shards info latents
   attr-engine shards verify latents                 # reads every byte; exit code 2 where something is wrong
   attr-engine shards repair latents                 # makes the manifest again from the shards
@@ -189,7 +191,7 @@ def _add_shards(commands: Any) -> None:
 
 
 def _add_train(commands: Any) -> None:
-    p = _command(commands, "train", "make a small autoencoder or train a small diffusion model", """examples:
+    p = add_command(commands, "train", "make a small autoencoder or train a small diffusion model", """examples:
   attr-engine train autoencoder music/ --out autoencoder
   attr-engine train diffusion latents --autoencoder autoencoder --condition seconds_total --out model
 
@@ -224,7 +226,7 @@ without masking.
 
 
 def _add_generate(commands: Any) -> None:
-    p = _command(commands, "generate", "sample pieces from a model, as queries", """examples:
+    p = add_command(commands, "generate", "sample pieces from a model, as queries", """examples:
   attr-engine generate --model model --data latents --count 8 --out generated
 """)  # fmt: skip
     p.add_argument("--model", required=True, help="model folder, or the model's JSON config")
@@ -238,65 +240,6 @@ def _add_generate(commands: Any) -> None:
     p.add_argument("--steps", type=int, default=60, help="sampler steps (default: 60)")
     p.add_argument("--guidance", type=float, default=3.0, help="classifier-free guidance (default: 3)")
     p.add_argument("--device", default="cpu", help="torch device (default: cpu)")
-
-
-def _add_index(commands: Any) -> None:
-    p = _command(commands, "index", "projected gradients of every training track, for queries in milliseconds",
-                 """examples:
-  attr-engine index --model model --data latents --out index
-  attr-engine search --index index --model model --queries pieces
-""")  # fmt: skip
-    p.add_argument("--model", required=True, help="model folder, or the model's JSON config")
-    p.add_argument("--weights", default="", help="checkpoint where --model is a JSON config")
-    p.add_argument("--data", required=True, help="training tracks: a folder made by attr-engine ingest")
-    p.add_argument("--out", required=True, help="folder of the index; the same command carries on there")
-    p.add_argument("--layers", nargs="+", default=["transformer"], metavar="X",
-                   help="layer groups or name patterns (default: transformer)")  # fmt: skip
-    p.add_argument("--function", default="squared_norm", choices=("squared_norm", "loss"),
-                   help="whose gradients: of the prediction's squared norm, or of the loss (default: squared_norm)")  # fmt: skip
-    p.add_argument("--draws", type=int, default=4, help="draws a track, a multiple of 4 (default: 4)")
-    p.add_argument("--projection", default="gaussian", choices=("gaussian", "rademacher", "identity"),
-                   help="kind of projection (default: gaussian)")  # fmt: skip
-    p.add_argument("--rank", type=int, default=8, help="a weight becomes rank x rank numbers (default: 8)")
-    p.add_argument("--ridge", type=float, default=0.1,
-                   help="lambda, relative to the mean squared norm of a track's gradient (default: 0.1)")  # fmt: skip
-    p.add_argument("--normalised", action="store_true", help="compare directions of gradients only")
-    p.add_argument(
-        "--numbers", default="float16", choices=("float16", "float32"), help="on disk (default: float16)"
-    )
-    p.add_argument("--seed", type=int, default=0, help="of draws and projections (default: 0)")
-    p.add_argument("--rows", type=int, default=16, help="(track, draw) pairs a pass (default: 16)")
-    _add_device(p)
-    p = _command(commands, "search", "rank the training tracks of an index for some queries", """examples:
-  attr-engine search --index index --model model --queries pieces --top 10
-  attr-engine search --index index --model model --queries pieces --out scores.parquet
-""")  # fmt: skip
-    p.add_argument("--index", required=True, help="folder made by attr-engine index")
-    p.add_argument("--model", required=True, help="the model that it was made with")
-    p.add_argument("--weights", default="", help="checkpoint where --model is a JSON config")
-    p.add_argument(
-        "--queries", required=True, help="queries: a folder made by attr-engine ingest or generate"
-    )
-    p.add_argument("--top", type=int, default=10, help="tracks to print a query (default: 10)")
-    p.add_argument("--out", default="", help="Parquet file for all scores")
-    _add_device(p)
-
-
-def _add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float64"),
-                        help="dtype of the denoiser (default: float32)")  # fmt: skip
-    parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
-
-
-def _command(commands: Any, name: str, text: str, examples: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=text,
-        description=text,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    return parser
 
 
 def parser() -> argparse.ArgumentParser:
@@ -314,9 +257,9 @@ def parser() -> argparse.ArgumentParser:
     _add_shards(commands)
     _add_train(commands)
     _add_generate(commands)
-    _add_index(commands)
+    cli_index.add_commands(commands)
     for name, text in _RUN_TEXTS.items():
-        p = _command(commands, name, text, _RUN_EXAMPLES.format(name))
+        p = add_command(commands, name, text, _RUN_EXAMPLES.format(name))
         p.add_argument("--out", required=True, help="run directory; the same command carries on there")
         p.add_argument(
             "--config", default="", help="JSON of settings, e.g. the config.json of a run; flags override it"
@@ -326,8 +269,8 @@ def parser() -> argparse.ArgumentParser:
                            help="measure a few passes, say how long, how much memory and disk it would take, and leave nothing "
                                 "behind; as text or JSON")  # fmt: skip
         _add_settings(p)
-    add_rollup(commands, _command)
-    p = _command(
+    add_rollup(commands, add_command)
+    p = add_command(
         commands,
         "demo",
         "compose a corpus, train a model on it, attribute, report",
@@ -339,7 +282,7 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="40 self-influence targets and all strengths (under 45 minutes on two cores)",
     )
-    _command(
+    add_command(
         commands,
         "doctor",
         "what is installed, what is missing and what that costs",

@@ -1,10 +1,11 @@
 """Projected gradients of tracks: small vectors whose inner products stand for those of the gradients.
 
 The gradient of a weight ``[O, I]`` is projected on both sides, ``P_o G P_i^T`` (activations and output gradients first:
-:func:`attr_engine.kernels.project`), anything else by one matrix. The matrices are made from a seed, and inner products
-are kept in expectation. A track's feature is the projected gradient of a chosen function, the mean over its draws
+:func:`attr_engine.kernels.project`), anything else by one matrix. The matrices are made from a seed (:data:`KINDS`).
+A track's feature is the projected gradient of a chosen function, the mean over its draws
 (TRAK, Park et al., ICML 2023; with the squared norm of the prediction D-TRAK, Zheng et al., ICLR 2024; two-sided projections
-LoGra, Choe et al. 2024).
+LoGra, Choe et al. 2024). As a rule each draw's gradient has length 1 before the mean (:data:`AVERAGING`): lengths differ
+between timesteps, and a plain mean over a few draws is nearly that of its longest one (docs/index.md).
 """
 
 from __future__ import annotations
@@ -18,11 +19,17 @@ from torch import Tensor, nn
 from attr_engine import kernels
 from attr_engine.diffusion import ROW_FUNCTIONS, DrawPlan, Noised, Purpose, RowFunction, noised_rows
 from attr_engine.errors import UserError
-from attr_engine.kernels.project import KINDS
+from attr_engine.kernels.project import KINDS as KERNEL_KINDS
 from attr_engine.latents.batch import Batch
 from attr_engine.models.protocol import Denoiser
 from attr_engine.persample import per_sample_backward
 from attr_engine.uses import Factors
+
+KINDS = (*KERNEL_KINDS, "coordinates")
+"""Kinds of projection: those of :func:`attr_engine.kernels.projection`, and coordinates chosen by the seed, as they are."""
+
+AVERAGING = ("unit", "plain")
+"""How gradients of draws become one: at length 1 each, or as they are."""
 
 
 def _seed(seed: int, name: str, side: str) -> int:
@@ -34,7 +41,9 @@ class Projector:
 
     Args:
         parameters: name to parameter.
-        kind: of projection: ``"gaussian"``, ``"rademacher"`` or ``"identity"`` (the first coordinates).
+        kind: of projection: ``"gaussian"``, ``"rademacher"``, ``"identity"`` (the first coordinates) or ``"coordinates"`` (some
+            chosen by the seed). The first two keep inner products in expectation; the other two count a weight by the
+            share of its entries that is kept.
         rank: r: a weight becomes at most r x r numbers, anything else at most r^2.
         seed: of the matrices.
 
@@ -82,6 +91,11 @@ def _matrix(kind: str, small: int, size: int, seed: int, like: Tensor) -> Tensor
     """``[small, size]``; None where a side is short enough to stay as it is."""
     if small == size:
         return None
+    if kind == "coordinates":
+        chosen = kernels.projection("gaussian", 1, size, seed)[0].argsort(stable=True)[:small].sort().values
+        matrix = torch.zeros(small, size, dtype=like.dtype)
+        matrix[torch.arange(small), chosen] = 1.0
+        return matrix.to(like.device)
     return kernels.projection(kind, small, size, seed, like.device, like.dtype)
 
 
@@ -118,6 +132,7 @@ def track_features(
     projector: Projector,
     function: str = "squared_norm",
     rows: int = 16,
+    averaging: str = "unit",
 ) -> Tensor:
     """Projected gradients of tracks, the mean over their draws.
 
@@ -132,19 +147,26 @@ def track_features(
         projector: see :class:`Projector`.
         function: name in :data:`attr_engine.diffusion.ROW_FUNCTIONS`.
         rows: (track, draw) pairs a backward pass.
+        averaging: ``"unit"``: a draw's projected gradient has length 1 before the mean; ``"plain"``.
 
     Returns:
         ``[N, width]`` on the CPU, float32 (float64 for a float64 model).
 
     Raises:
-        UserError: an unusable number of draws, an unknown function, or a parameter that is not covered.
+        UserError: an unusable number of draws, an unknown function or averaging, or a parameter that is not covered.
     """
     plan.check(draws, "the number of draws")
     if function not in ROW_FUNCTIONS:
         raise UserError(f"unknown function {function!r}; known: {', '.join(ROW_FUNCTIONS)}")
+    if averaging not in AVERAGING:
+        raise UserError(f"unknown averaging {averaging!r}; known: {', '.join(AVERAGING)}")
     pairs = [(i, d) for i in range(len(batch.ids)) for d in range(draws)]
     found = []
     for k in range(0, len(pairs), rows):
         noised = noised_rows(model, batch, pairs[k : k + rows], plan, purpose, masked)
         found.append(row_features(model, parameters, noised, projector, ROW_FUNCTIONS[function]).cpu())
-    return torch.cat(found).reshape(len(batch.ids), draws, -1).mean(dim=1)
+    each = torch.cat(found)
+    if averaging == "unit":
+        length = each.double().norm(dim=1, keepdim=True)  # squares of large gradients are beyond float32
+        each = (each / length.clamp_min(1e-300)).to(each.dtype)
+    return each.reshape(len(batch.ids), draws, -1).mean(dim=1)

@@ -246,7 +246,14 @@ def test_an_index_is_built_and_searched(world, tmp_path, capsys):
         )
         == 0
     )
-    assert "6 tracks of" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "6 tracks of 6 numbers" in out
+    for text in (
+        "recall@1 of projected against whole gradients",
+        "of the stored float16 numbers",
+        "rank of these",
+    ):
+        assert text in out
     call = ["search", "--index", tmp_path / "i", "--model", world / "model", "--queries", world / "latents"]
     assert run(*call, "--top", 2, "--out", tmp_path / "s.parquet") == 0
     out = capsys.readouterr().out
