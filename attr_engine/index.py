@@ -9,10 +9,12 @@ and a query is one product with them.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from attr_engine import progress
 from attr_engine.errors import UserError
-from attr_engine.files import whole_file, write_json
+from attr_engine.files import remove_leftovers, whole_file, write_json, writing_in
 from attr_engine.index_numbers import NUMBERS, stored
 from attr_engine.index_recall import Sample, draw_sample, measure_recall
 from attr_engine.index_store import (
@@ -35,20 +37,49 @@ from attr_engine.index_store import (
     finite,
 )
 from attr_engine.latents.batch import Tracks, check_tracks
+from attr_engine.models.checkpoint import read_json
 from attr_engine.models.protocol import Denoiser
 from attr_engine.runs import key_of
 from attr_engine.tensorfile import load_tensors, save_tensors
-from attr_engine.units import once, run_units
+from attr_engine.units import held, once, run_units
 
 __all__ = ["FEATURES", "IDS", "META", "SOLVER", "Index", "IndexSettings", "build_index"]
 
-_UNIT_TRACKS = 64
+_BEGUN = "begun.json"  # the same of an index that is not finished, beside its units
+_UNIT_TRACKS = 16  # so that several processes end together; more where there would be very many files
+_MOST_UNITS = 4096
 _NOISE = 1e-13  # of the largest eigenvalue: what is below is rounding
 
 
-def _key(model: Denoiser, tracks: Tracks, settings: IndexSettings) -> str:
+def _unit(tracks: int) -> int:
+    """Tracks a unit."""
+    return max(_UNIT_TRACKS, -(-tracks // _MOST_UNITS))
+
+
+def _identity(model: Denoiser, tracks: Tracks, settings: IndexSettings) -> dict[str, Any]:
+    """What an index is of: format, key, model, data, settings and dtype, as JSON values."""
     dtype = str(next(model.module.parameters()).dtype)
-    return key_of(FORMAT, model.fingerprint, tracks.fingerprint, asdict(settings), dtype)
+    key = key_of(FORMAT, model.fingerprint, tracks.fingerprint, asdict(settings), dtype, _unit(len(tracks)))
+    values = {
+        "format": FORMAT, "key": key, "model": model.fingerprint, "data": tracks.fingerprint,
+        "settings": asdict(settings), "dtype": dtype,
+    }  # fmt: skip
+    return json.loads(json.dumps(values))
+
+
+def _refuse_other(folder: Path, there: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Refuse to go on with an index of something else; what differs is named."""
+    if there.get("key") == wanted["key"]:
+        return
+    old, new = there.get("settings") or {}, wanted["settings"]
+    changed = [f"{name}: {old.get(name)!r} -> {new[name]!r}" for name in new if old.get(name) != new[name]]
+    changed += [
+        f"another {name}" for name in ("format", "model", "data", "dtype") if there.get(name) != wanted[name]
+    ]
+    raise UserError(
+        f"{folder} is an index of another model, other data or other settings ({'; '.join(changed)}): "
+        "use the same, or choose another folder"
+    )
 
 
 def build_index(
@@ -64,29 +95,44 @@ def build_index(
 
     Raises:
         UserError: unusable settings or tracks, a model whose per-sample gradients in a batch are not those of single
-            rows, or a folder that holds another index.
+            rows, a folder that holds another index (what differs is named), or a file in it that cannot be written.
     """
     settings, folder = settings or IndexSettings(), Path(folder)
     check_tracks(tracks, model.channels, model.frames, "training")
-    key, finished = _key(model, tracks, settings), folder / META
+    wanted, finished = _identity(model, tracks, settings), folder / META
     if finished.exists():
-        return Index.open(folder, key)
+        _refuse_other(folder, read_json(finished, "index"), wanted)
+        return Index.open(folder)
     maker = Maker(model, settings)
     maker.compare(tracks)
-    units = [range(i, min(i + _UNIT_TRACKS, len(tracks))) for i in range(0, len(tracks), _UNIT_TRACKS)]
+    with writing_in(folder):
+        _build(maker, tracks, folder, wanted)
+    return Index.open(folder)
+
+
+def _build(maker: Maker, tracks: Tracks, folder: Path, wanted: dict[str, Any]) -> None:
+    """Compute the units that nobody else computes; then one process puts them together."""
+    finished, begun = folder / META, folder / "units" / _BEGUN
+    with held(folder / "locks" / "begin.lock", wait=True):
+        if begun.exists():
+            _refuse_other(folder, read_json(begun, "index"), wanted)
+        else:
+            write_json(begun, wanted)
+    size = _unit(len(tracks))
+    units = [range(i, min(i + size, len(tracks))) for i in range(0, len(tracks), size)]
     paths = [folder / "units" / f"{i:06d}.safetensors" for i in range(len(units))]
     show = progress.bar(f"{maker.width} numbers a gradient", "unit")
 
     def compute(i: int) -> None:
-        save_tensors(paths[i], {"features": maker(tracks, units[i], "score")}, {"key": key})
+        save_tensors(paths[i], {"features": maker(tracks, units[i], "score")}, {"key": wanted["key"]})
 
     run_units(paths, compute, finished, folder / "locks" / "index", lambda done: show(done, len(units)))
     with once(folder / "locks" / "index.lock", finished) as mine:
         if mine:
-            _finish(folder, maker, tracks, paths, key)
+            remove_leftovers(folder)
+            _finish(folder, maker, tracks, paths, wanted)
     for name in ("units", "locks"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    return Index.open(folder, key)
 
 
 def _features(paths: Sequence[Path], tracks: Tracks, settings: IndexSettings, key: str) -> Iterator[Tensor]:
@@ -130,9 +176,11 @@ def spectrum(parts: Iterator[Tensor], tracks: int, width: int) -> tuple[Tensor, 
     return values, vectors.T.contiguous()
 
 
-def _finish(folder: Path, maker: Maker, tracks: Tracks, paths: Sequence[Path], key: str) -> None:
+def _finish(
+    folder: Path, maker: Maker, tracks: Tracks, paths: Sequence[Path], wanted: dict[str, Any]
+) -> None:
     """Solve, put the rows of all units together, measure what was lost."""
-    settings, n = maker.settings, len(tracks)
+    settings, n, key = maker.settings, len(tracks), wanted["key"]
     values, vectors = spectrum(_features(paths, tracks, settings, key), n, maker.width)
     # The sum of the eigenvalues is that of the squared norms, so this lambda is relative to their mean.
     ridge = settings.ridge * float(values.sum()) / n
@@ -140,21 +188,21 @@ def _finish(folder: Path, maker: Maker, tracks: Tracks, paths: Sequence[Path], k
     transform = whole[: settings.width] if settings.width else whole
     scales, total, kept = np.zeros(n), 0, []
     sample = draw_sample(maker, n)
-    with whole_file(folder / FEATURES) as part:
-        shape = (n, len(transform))
-        out = np.lib.format.open_memmap(part, mode="w+", dtype=NUMBERS[settings.numbers], shape=shape)
+    # Written, not mapped: where a disk is full, a write is refused, and a map ends the process.
+    with whole_file(folder / FEATURES) as part, open(part, "wb") as out:
+        dtype = np.lib.format.dtype_to_descr(np.dtype(NUMBERS[settings.numbers]))
+        header = {"descr": dtype, "fortran_order": False, "shape": (n, len(transform))}
+        np.lib.format.write_array_header_1_0(out, header)
         for features in _features(paths, tracks, settings, key):
             here = slice(total, total + len(features))
-            out[here], scales[here] = stored((features @ transform.T).numpy(), settings.numbers)
+            rows, scales[here] = stored((features @ transform.T).numpy(), settings.numbers)
+            out.write(rows.tobytes())
             kept.append(features[[int(i) - total for i in sample.within(here)]])
             total = here.stop
-        out.flush()
-        del out
     tensors = {"transform": transform, "scales": torch.from_numpy(scales)}
     save_tensors(folder / SOLVER, tensors, {"key": key})
     write_json(folder / IDS, list(tracks.ids))
-    meta = {"format": FORMAT, "key": key, "model": maker.model.fingerprint, "data": tracks.fingerprint,
-            "tracks": n, "width": len(transform), "settings": asdict(settings)}  # fmt: skip
+    meta: dict[str, Any] = {**wanted, "tracks": n, "width": len(transform)}
     found = Sample(sample.tracks, sample.probes, sample.method, torch.cat(kept))
     meta["recall"] = measure_recall(maker, tracks, Index(folder, meta), found, whole)
     write_json(folder / META, meta)

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from attr_engine.errors import UserError
-from attr_engine.files import write_json
+from attr_engine.files import remove_leftovers, write_json, writing_in
 from attr_engine.models.checkpoint import read_json
 from attr_engine.monitor import RUN, Cancel, Monitor, Progress, add_costs, costs_now
 from attr_engine.settings import Settings, differences, read_settings, to_json
-from attr_engine.units import held, rank, workers
+from attr_engine.units import held, lock, rank, workers
 
 CONFIG, ENVIRONMENT, TIMINGS, LOCKS = "config.json", "environment.json", "timings.json", "locks"
-_SECONDS_TO_WAIT = 10.0  # for the first of several processes to tidy up
+_SECONDS_TO_WAIT = 10.0  # for others to tidy up, and for an earlier process of this rank to end
 
 
 def key_of(*parts: Any) -> str:
@@ -66,17 +66,12 @@ class Run:
         self.monitor = Monitor(path, cancel, bars)
 
     def record(self) -> None:
-        """Bind the directory to the settings, before its first result: a refused call binds nothing.
-
-        Raises:
-            UserError: it cannot be written.
-        """
-        try:
-            with held(self.path / LOCKS / "record.lock", wait=True):
-                write_json(self.path / CONFIG, to_json(self.settings))
-                write_json(self.path / ENVIRONMENT, environment())
-        except OSError as error:
-            raise _unwritable(self.path, error) from error
+        """Bind the directory to the settings, before its first result: a refused call binds nothing."""
+        # Not in the folder of locks, which another process may just be removing.
+        alone = held(self.path / ".record.lock", wait=True) if workers() > 1 else contextlib.nullcontext()
+        with alone:
+            write_json(self.path / CONFIG, to_json(self.settings))
+            write_json(self.path / ENVIRONMENT, environment())
         self.monitor.begin(RUN)
 
     def progress(self, stage: str, unit: str, what: str = "") -> Progress:
@@ -90,13 +85,18 @@ class Run:
         try:
             with self.monitor.stage(name):
                 yield
-        finally:
-            now = costs_now()
-            more = {k: v if k.startswith("peak") else v - before.get(k, v) for k, v in now.items()}
-            path = self.path / (TIMINGS if rank() == 0 else f"timings-{rank()}.json")
-            timings = _read_costs(path) if path.exists() else {}
-            timings[name] = add_costs(timings.get(name, {}), more)
-            write_json(path, timings)
+        except BaseException:
+            with contextlib.suppress(OSError, UserError):  # what ended the stage is the error to tell
+                self._add(name, before)
+            raise
+        self._add(name, before)
+
+    def _add(self, name: str, before: dict[str, float]) -> None:
+        now = costs_now()
+        more = {k: v if k.startswith("peak") else v - before.get(k, v) for k, v in now.items()}
+        path = self.path / (TIMINGS if rank() == 0 else f"timings-{rank()}.json")
+        timings = _read_costs(path) if path.exists() else {}
+        write_json(path, {**timings, name: add_costs(timings.get(name, {}), more)})
 
     def costs(self) -> dict[str, dict[str, float]]:
         """Stage to what it cost, over all sittings and processes.
@@ -135,21 +135,17 @@ def open_run(
         bars: whether to draw bars on standard error.
 
     Raises:
-        UserError: it holds a run with other settings (each is named), or another process works there,
-            or it cannot be written.
+        UserError: it holds a run with other settings (each is named), or another process works there, or a file in it
+            cannot be written, now or while the block runs.
     """
     root = Path(path)
-    try:
+    with writing_in(root), contextlib.ExitStack() as stack:
         root.mkdir(parents=True, exist_ok=True)
-        lock = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise _unwritable(root, error) from error
-    try:
-        config = root / CONFIG
-        if _take(lock, root) and config.exists():
-            _sweep(root)
+        file = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        stack.callback(os.close, file)
+        _enter(file, root)
         if workers() > 1:
-            fcntl.flock(lock, fcntl.LOCK_SH)
+            _take_rank(stack, root)
         check_same(root, settings)
         run = Run(root, settings, cancel, bars)
         try:
@@ -158,8 +154,6 @@ def open_run(
             run.monitor.close(error)
             raise
         run.monitor.close()
-    finally:
-        os.close(lock)
 
 
 def check_same(root: Path, settings: Settings) -> None:
@@ -177,32 +171,38 @@ def check_same(root: Path, settings: Settings) -> None:
         )
 
 
-def _unwritable(root: Path, error: OSError) -> UserError:
-    return UserError(f"the run directory {root} cannot be written ({error.strerror}): choose another --out")
-
-
-def _sweep(root: Path) -> None:
-    """Remove what a killed process of this run left half-written, and nothing that may be somebody else's.
-
-    Those are our ``.part`` files and safetensors' ``.tmp`` files, in the folders that only a run has and
-    directly in the run directory; folders that a user keeps beside them are not entered.
-    """
-    for folder in (root, root / "updates", root / "units", root / "fisher"):
-        for path in [*folder.glob("*.safetensors.part"), *folder.glob(".tmp??????")]:
-            path.unlink(missing_ok=True)
-
-
-def _take(lock: int, root: Path) -> bool:
-    """Lock the directory; returns whether for this process alone."""
+def _enter(file: int, root: Path) -> None:
+    """Lock the directory: for this process alone, or for all that were started together; who finds nobody else tidies up."""
     until = time.monotonic() + _SECONDS_TO_WAIT
     while True:
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        if workers() > 1:
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return False
+        if lock(file, root / ".lock", fcntl.LOCK_EX | fcntl.LOCK_NB):
+            _sweep(root)
+            if workers() == 1:
+                return
+        if workers() > 1 and lock(file, root / ".lock", fcntl.LOCK_SH | fcntl.LOCK_NB):
+            return
         if workers() == 1 or time.monotonic() > until:
             raise UserError(f"another process works in {root}: wait for it, or use another --out")
         time.sleep(0.1)
+
+
+def _take_rank(stack: contextlib.ExitStack, root: Path) -> None:
+    """Be the only process of this rank, whose files nobody else writes.
+
+    The workers of a ``torchrun`` that was killed itself live on, and there may be two that know nothing of each other.
+    """
+    until = time.monotonic() + _SECONDS_TO_WAIT
+    while not stack.enter_context(held(root / f".rank-{rank()}.lock")):
+        if time.monotonic() > until:
+            raise UserError(
+                f"another process of rank {rank()} works in {root}, of an earlier start or another torchrun: "
+                "wait for it or end it, or use another --out"
+            )
+        time.sleep(0.1)
+
+
+def _sweep(root: Path) -> None:
+    """Remove what a killed process of this run left half-written; other folders that a user keeps there are not entered."""
+    if (root / CONFIG).exists():
+        for folder in (root, root / "updates", root / "units", root / "fisher"):
+            remove_leftovers(folder)

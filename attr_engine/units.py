@@ -14,8 +14,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from attr_engine.errors import UserError
+
 _SECONDS_BETWEEN_LOOKS = 0.1
 _SECONDS_BETWEEN_COUNTS = 5.0
+_TRIES = 10
 
 
 def rank() -> int:
@@ -28,6 +31,24 @@ def workers() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def lock(file: int, path: Path, how: int) -> bool:
+    """Lock an open file, by ``fcntl.flock``'s flags; returns whether it is locked now.
+
+    Raises:
+        UserError: the file system has no locks.
+    """
+    try:
+        fcntl.flock(file, how)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be locked ({error.strerror}): choose another --out, on a file system that has locks "
+            "(NFS: version 4, or 3 with its lock daemon)"
+        ) from error
+    return True
+
+
 @contextlib.contextmanager
 def held(path: Path, wait: bool = False) -> Iterator[bool]:
     """Hold a lock file for as long as the block runs.
@@ -38,16 +59,14 @@ def held(path: Path, wait: bool = False) -> Iterator[bool]:
 
     Yields:
         Whether it is held; with ``wait`` always.
+
+    Raises:
+        UserError: the file system has no locks.
+        OSError: the file cannot be made.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    file = _opened(path)
     try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+        yield lock(file, path, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     finally:
         os.close(file)
 
@@ -59,6 +78,22 @@ def _count(paths: Sequence[Path]) -> int:
         with contextlib.suppress(FileNotFoundError):
             there.update(folder / name for name in os.listdir(folder))
     return sum(p in there for p in paths)
+
+
+def _opened(path: Path) -> int:
+    """A lock file, made where it is missing."""
+    tries = 0
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except (
+            FileNotFoundError,
+            FileExistsError,
+        ):  # whoever is done first removes the folder, perhaps just now
+            tries += 1
+            if tries == _TRIES:
+                raise
 
 
 def run_units(

@@ -65,7 +65,7 @@ def _arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--minutes", type=float, default=8.0, help="budget: later parts are cut short or skipped (8)"
+        "--minutes", type=float, default=8.0, help="budget on a GPU: later parts are cut short or skipped (8)"
     )
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART",
                         help=f"parts ({', '.join(PARTS)}); {' and '.join(ALWAYS)} are always made")  # fmt: skip
@@ -82,7 +82,9 @@ def _arguments() -> argparse.Namespace:
     )
     how = parser.add_mutually_exclusive_group()
     how.add_argument(
-        "--tiny", action="store_true", help="small shapes on the CPU: timings mean nothing (a minute)"
+        "--tiny",
+        action="store_true",
+        help="small shapes on the CPU, all of them: timings mean nothing (a minute)",
     )
     how.add_argument(
         "--cpu-errors", action="store_true", help="only the checks, on the CPU, at the real shapes (some minutes)"
@@ -113,12 +115,17 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if not on_cpu and not torch.cuda.is_available():
         raise SystemExit("there is no GPU here: use --tiny to see that everything runs, or --cpu-errors")
     device = torch.device("cpu") if on_cpu else torch.device("cuda", 0)
-    bench = Bench(device, args.tiny, Budget(args.minutes), args.seed, args.rows)
+    bench = Bench(device, args.tiny, Budget(math.inf if on_cpu else args.minutes), args.seed, args.rows)
     wanted = ["checks"] if args.cpu_errors else [p for p in PARTS if p in {*args.only, *ALWAYS}]
     result: dict[str, Any] = {
         "tiny": args.tiny,
         "device": device.type,
-        "settings": {"minutes": args.minutes, "seed": args.seed, "rows": args.rows, "parts": wanted},
+        "settings": {
+            "minutes": None if on_cpu else args.minutes,
+            "seed": args.seed,
+            "rows": args.rows,
+            "parts": wanted,
+        },
         "environment": environment(bench, args.commit),
         "parts": {},
         "checks": bench.checks,
@@ -127,8 +134,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for name in wanted:
         if name not in MODEL:
             finish(bench)
-        _say(f"{name} ({bench.budget.whole():.0f} s left)")
-        result["parts"][name] = _part(bench, name, 1.0 if args.cpu_errors else PARTS[name][0])
+        _say(name if on_cpu else f"{name} ({bench.budget.whole():.0f} s left)")
+        result["parts"][name] = _part(bench, name, PARTS[name][0])
         result["criteria"] = report.criteria(result)
         result["derived"] = report.derived(result)
         result["finished"] = name == wanted[-1]

@@ -260,7 +260,7 @@ def test_an_index_is_built_and_searched(world, tmp_path, capsys):
     assert out.count("\n   1. ") == 6 and out.count("\n   2. ") == 6 and "   3. " not in out
     result = Attribution.from_parquet(tmp_path / "s.parquet")
     assert len(result.tracks) == 6 and list(result.values) == ["index"]
-    assert (result.draws == 4).all() and np.isnan(result.errors["index"]).all()
+    assert (result.draws == 8).all() and np.isnan(result.errors["index"]).all()
     own = [result.top(1, name)[0].track == name for name in result.tracks]
     assert sum(own) >= 5, "a training track's gradient is nearest to its own"
     other = complaint(

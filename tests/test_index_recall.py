@@ -99,8 +99,9 @@ def test_candidates_are_judged_by_an_exhaustive_run(setting, tmp_path, rng):
     values = rng.normal(size=(4, 12))
     updates = [("q1", 0.1), ("q1", 0.2), ("q0", 0.1), ("q0", 0.2)]
     run = Attribution(
-        list(tracks.ids), updates, {"a": -values, "b": values}, {"a": values, "b": values}, np.zeros(12), {}
-    )
+        list(tracks.ids), updates, {"a": -values, "b": values}, {"a": values, "b": values}, np.zeros(12), {},
+        np.ones((4, 12), dtype=int),
+    )  # fmt: skip
     found = recall_against(index, candidates, ["q0", "q1"], run, 3, "b", 0.2)
     expected = [len(set(candidates[q]) & set(np.argsort(-values[u])[:3])) / 3 for q, u in ((0, 3), (1, 1))]
     assert np.allclose(found, expected)

@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,12 +15,9 @@ import forks
 import helpers
 import naive
 import numpy as np
-import pyarrow.csv
 import pytest
 import torch
-from safetensors import safe_open
 
-import attr_engine
 from attr_engine import SCORE_FUNCTIONS, Attribution, Settings, UserError, attribute
 from attr_engine.diffusion import ROW_FUNCTIONS
 from attr_engine.effectfile import read_parts, to_tensors
@@ -31,80 +26,11 @@ from attr_engine.runs import open_run
 from attr_engine.scoring import EFFECTS
 
 
-class Forks:
-    """Talks to ``forks.py``."""
-
-    def __init__(self) -> None:
-        self.pid: int | None = None
-        here, package = Path(__file__).parent, Path(attr_engine.__file__).parent
-        self.process = subprocess.Popen(
-            [sys.executable, str(here / "forks.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            cwd=here,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(package.parent)},
-        )
-
-    def start(self, **job: Any) -> int:
-        """Start a job; returns the child's process id."""
-        assert self.process.stdin is not None
-        if self.pid is not None:  # a test failed half-way
-            os.kill(self.pid, signal.SIGKILL)
-            self._line()
-        self.process.stdin.write(json.dumps(job, default=str) + "\n")
-        self.process.stdin.flush()
-        self.pid = int(self._line()["pid"])
-        return self.pid
-
-    def _line(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        return json.loads(self.process.stdout.readline())
-
-    def end(self) -> dict[str, Any]:
-        """Wait for the job; an exception of any kind but a refusal is the test's."""
-        result = self._line()
-        self.pid = None
-        assert "raised" not in result, result
-        return result
-
-    def run(self, **job: Any) -> dict[str, Any]:
-        self.start(**job)
-        return self.end()
-
-
 @pytest.fixture(scope="module")
-def process() -> Iterator[Forks]:
-    server = Forks()
+def process() -> Iterator[forks.Forks]:
+    server = forks.Forks()
     yield server
-    server.process.stdin.close()
-    server.process.wait(10)
-
-
-def check_whole(folder: Path) -> None:
-    """Every file under its final name can be read to its end."""
-    for path in folder.rglob("*"):
-        if (
-            path.is_dir()
-            or path.suffix in (".part", ".lock")
-            or path.name == ".lock"
-            or path.name.startswith(".tmp")
-        ):
-            continue
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                assert all(torch.isfinite(file.get_tensor(name)).all() for name in file.keys())
-        elif path.suffix == ".json":
-            json.loads(path.read_text())
-        elif path.suffix == ".jsonl":
-            assert all(isinstance(json.loads(line), dict) for line in path.read_bytes().split(b"\n")[:-1])
-        elif path.suffix == ".parquet":
-            Attribution.from_parquet(path)
-        elif path.suffix == ".csv":
-            assert pyarrow.csv.read_csv(path).num_rows == 6 * 3 * 2 * 5
-        else:
-            raise AssertionError(f"unexpected file {path}")
+    server.close()
 
 
 def names(folder: Path) -> set[str]:
@@ -117,7 +43,7 @@ def whole(process, seed, tmp_path) -> tuple[Path, dict[str, Any]]:
     out = tmp_path / "whole"
     counts = process.run(out=out, seed=seed)
     assert counts["code"] == 0
-    check_whole(out)
+    forks.check_whole(out)
     return out, counts
 
 
@@ -141,9 +67,9 @@ def test_a_run_killed_anywhere_carries_on_to_the_same_bits(process, whole, seed,
                 out=out, seed=seed, eager=eager, die=["predict", int(rng.integers(first, last + 1))]
             )
             assert counted["code"] == -signal.SIGKILL
-            check_whole(out)
+            forks.check_whole(out)
         assert process.run(out=out, seed=seed)["code"] == 0
-        check_whole(out)
+        forks.check_whole(out)
         assert forks.bits(out) == forks.bits(reference)
         assert names(out) == names(reference), "nothing is left lying about"
 
@@ -158,7 +84,7 @@ def test_a_run_killed_between_or_within_files_carries_on_to_the_same_bits(
     for n in sorted({*points, *(counts["removals"] if what == "file" else [])}):
         out = tmp_path / f"killed at {n}"
         assert process.run(out=out, seed=seed, die=[what, int(n)])["code"] == -signal.SIGKILL
-        check_whole(out)
+        forks.check_whole(out)
         assert process.run(out=out, seed=seed)["code"] == 0
         assert forks.bits(out) == forks.bits(reference)
         assert names(out) == names(reference)
@@ -176,7 +102,7 @@ def test_a_run_killed_at_any_moment_carries_on_to_the_same_bits(process, whole, 
             kills += 1
         code = process.end()["code"]
         assert code in (0, -signal.SIGKILL)
-        check_whole(out)
+        forks.check_whole(out)
     assert forks.bits(out) == forks.bits(reference)
 
 
@@ -392,7 +318,8 @@ def test_the_result_is_in_the_directory_bit_for_bit(finished):
         assert np.array_equal(again.errors[name], result.errors[name])
     assert np.array_equal(again.base, result.base)
     assert again.meta == result.meta
-    assert again.meta["settings"] == json.loads((out / "config.json").read_text())
+    config = json.loads((out / "config.json").read_text())
+    assert again.meta["settings"] == {name: value for name, value in config.items() if name not in PRESENTATION}
     assert result.updates == [(q, s) for q in ("q0", "t1", "t4") for s in (1e-2, 1e-3)]
     assert not (out / "updates").exists()
 

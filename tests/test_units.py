@@ -1,5 +1,6 @@
 """Units are computed once, by whichever process is free; workers may be slow, die and come back: the bits are the same."""
 
+import errno
 import json
 import os
 import signal
@@ -13,7 +14,8 @@ import pytest
 
 import attr_engine
 from attr_engine import UserError, attribute, units
-from attr_engine.runs import LOCKS
+from attr_engine.index import IndexSettings, build_index
+from attr_engine.runs import LOCKS, open_run
 from attr_engine.units import held, once, run_units
 
 HERE = Path(__file__).parent
@@ -77,21 +79,27 @@ def test_an_error_leaves_the_unit_to_others(tmp_path):
     assert all(p.exists() for p in paths)
 
 
-def test_a_unit_that_is_held_is_left_alone_until_it_is_free(tmp_path):
+def holder(lock: Path, then: str) -> subprocess.Popen:
+    """A process that holds a lock and does ``then``."""
     script = f"""
-import sys, time
+import os, signal, sys, time
 sys.path.insert(0, {str(Path(attr_engine.__file__).parent.parent)!r})
 from pathlib import Path
 from attr_engine.units import held
-with held(Path({str(tmp_path / "lock-1.lock")!r})) as mine:
+with held(Path({str(lock)!r})) as mine:
     print(mine, flush=True)
-    time.sleep(60)
+    {then}
 """
     other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "True\n"
-    paths, seen = [tmp_path / f"{i}" for i in range(3)], []
-    with held(tmp_path / "lock-1.lock") as mine:
+    with held(lock) as mine:
         assert not mine
+    return other
+
+
+def test_a_unit_that_is_held_is_left_alone_until_it_is_free(tmp_path):
+    other = holder(tmp_path / "lock-1.lock", "time.sleep(60)")
+    paths, seen = [tmp_path / f"{i}" for i in range(3)], []
 
     def compute(i):
         seen.append(i)
@@ -104,14 +112,158 @@ with held(Path({str(tmp_path / "lock-1.lock")!r})) as mine:
     assert seen == [0, 2, 1]
 
 
+def test_a_stopped_process_keeps_its_unit_and_the_others_wait_for_it(tmp_path):
+    paths, seen, shown = [tmp_path / f"{i}" for i in range(3)], [], []
+    then = f"os.kill(os.getpid(), signal.SIGSTOP); Path({str(paths[1])!r}).touch()"
+    other = holder(tmp_path / "lock-1.lock", then)
+    os.waitid(os.P_PID, other.pid, os.WSTOPPED)
+
+    def progress(done):
+        shown.append(done)
+        if shown.count(2) == 5:  # the others are done, and were looked at again and again
+            other.send_signal(signal.SIGCONT)
+
+    run_units(paths, lambda i: (seen.append(i), paths[i].touch()), None, tmp_path / "lock", progress)
+    assert seen == [0, 2] and other.wait(10) == 0, "it went on with its unit, and nobody else did that one"
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_refused(number, seed, tmp_path, monkeypatch):
+    def flock(file, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("attr_engine.units.fcntl.flock", flock)
+    with pytest.raises(UserError, match=r"a.lock cannot be locked \(.*\): choose another --out"):
+        with held(tmp_path / "a.lock"):
+            pass
+    model, tracks, queries = forks.make(seed)
+    with pytest.raises(UserError, match="cannot be locked"):
+        attribute(model, tracks, queries, forks.small(), tmp_path / "run")
+    with pytest.raises(UserError, match="cannot be locked"):
+        build_index(model, tracks, tmp_path / "index")
+
+
+def test_a_folder_of_locks_that_another_process_removes_is_made_again(tmp_path, monkeypatch):
+    opened, tries = os.open, []
+
+    def removed(path, *more):
+        tries.append(path)
+        if len(tries) < 4:
+            os.rmdir(tmp_path / "locks")
+        return opened(path, *more)
+
+    monkeypatch.setattr("attr_engine.units.os.open", removed)
+    with held(tmp_path / "locks" / "a.lock") as mine:
+        assert mine and len(tries) == 4
+
+
+def as_rank(monkeypatch, rank, world=2):
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+
+
+def test_a_newcomer_leaves_the_files_of_living_processes_alone(tmp_path, monkeypatch):
+    part = tmp_path / "units" / "000000.safetensors.part"
+    as_rank(monkeypatch, 0)
+    with open_run(tmp_path, forks.small()) as run:
+        run.record()
+        part.parent.mkdir()
+        part.touch()
+        as_rank(monkeypatch, 1)
+        with open_run(tmp_path, forks.small()):
+            assert part.exists()
+    with open_run(tmp_path, forks.small()):
+        assert not part.exists(), "nobody else is there any more"
+
+
+def test_two_processes_of_one_rank_or_one_alone_beside_others_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("attr_engine.runs._SECONDS_TO_WAIT", 0.2)
+    as_rank(monkeypatch, 1)
+    with open_run(tmp_path, forks.small()):
+        with (
+            pytest.raises(UserError, match="another process of rank 1 works in"),
+            open_run(tmp_path, forks.small()),
+        ):
+            pass
+        as_rank(monkeypatch, 0, 1)
+        with pytest.raises(UserError, match="another process works in"), open_run(tmp_path, forks.small()):
+            pass
+        as_rank(monkeypatch, 0)
+        with open_run(tmp_path, forks.small()):
+            pass
+    as_rank(monkeypatch, 0, 1)
+    with open_run(tmp_path, forks.small()):
+        as_rank(monkeypatch, 1)
+        with pytest.raises(UserError, match="another process works in"), open_run(tmp_path, forks.small()):
+            pass
+
+
+def stopped_at(model, n):
+    """The same model, which raises at its n-th pass from now on."""
+    predict, passes = type(model).predict, []
+
+    def until(*arguments):
+        passes.append(0)
+        if len(passes) == n:
+            raise KeyboardInterrupt
+        return predict(model, *arguments)
+
+    model.predict = until
+    return passes
+
+
+def test_units_of_another_model_are_refused_by_name(seed, tmp_path):
+    model, tracks, queries = forks.make(seed)
+    stopped_at(model, 6)
+    with pytest.raises(KeyboardInterrupt):
+        attribute(model, tracks, queries, forks.small(), tmp_path)
+    assert len(list((tmp_path / "fisher").iterdir())) == 2
+    other, _, _ = forks.make(seed + 1)
+    with pytest.raises(
+        UserError, match=r"fisher/00.safetensors belongs to other settings, another model or other data"
+    ):
+        attribute(other, tracks, queries, forks.small(), tmp_path)
+    assert not (tmp_path / "fisher.safetensors").exists()
+
+
+def test_an_index_begun_with_other_settings_is_refused_by_name_before_any_work(seed, tmp_path, monkeypatch):
+    monkeypatch.setattr("attr_engine.index._UNIT_TRACKS", 1)
+    model, tracks, _ = forks.make(seed)
+    settings = dict(layers=("all",), draws=2, replicates=2, rank=2)
+    stopped_at(model, 8)
+    with pytest.raises(KeyboardInterrupt):
+        build_index(model, tracks, tmp_path / "index", IndexSettings(**settings))
+    there = {p: p.read_bytes() for p in (tmp_path / "index" / "units").iterdir()}
+    assert len(there) > 1
+    other, others, _ = forks.make(seed + 1)
+    for change in ({"rank": 3}, {"ridge": 0.2}):
+        name, value = next(iter(change.items()))
+        with pytest.raises(UserError, match=rf"\({name}: .* -> {value}\): use the same"):
+            build_index(model, tracks, tmp_path / "index", IndexSettings(**settings | change))
+    with pytest.raises(UserError, match=r"\(another model; another data\)"):
+        build_index(other, others, tmp_path / "index", IndexSettings(**settings))
+    assert {p: p.read_bytes() for p in (tmp_path / "index" / "units").iterdir()} == there
+    model, _, _ = forks.make(seed)
+    passes = stopped_at(model, 0)
+    build_index(model, tracks, tmp_path / "index", IndexSettings(**settings))
+    model, all_passes = forks.make(seed)[0], []
+    predict = model.predict
+    model.predict = lambda *a: all_passes.append(0) or predict(*a)
+    whole = build_index(model, tracks, tmp_path / "whole", IndexSettings(**settings))
+    for path in whole.folder.iterdir():
+        assert path.read_bytes() == (tmp_path / "index" / path.name).read_bytes()
+    assert len(passes) <= len(all_passes) - len(there) + 1, "the units that were there are kept"  # begun.json is none
+
+
 class Workers:
     """Several processes of one run."""
 
-    def __init__(self, out, seed, sleeps, **changes) -> None:
+    def __init__(self, out, seed, sleeps, more=(), **changes) -> None:
         package = str(Path(attr_engine.__file__).parent.parent)
         self.processes = [
             subprocess.Popen(
-                [sys.executable, str(HERE / "worker.py"), str(out), str(seed), json.dumps(changes), str(sleep)],
+                [sys.executable, str(HERE / "worker.py"), str(out), str(seed), json.dumps(changes), str(sleep),
+                 *(more if i == 0 else ())],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HERE,
                 env={
                     **os.environ, "PYTHONPATH": package, "OMP_NUM_THREADS": "1", "RANK": str(i),
@@ -128,14 +280,18 @@ class Workers:
             process.stdin.write("go\n")
             process.stdin.flush()
 
-    def results(self) -> list[dict]:
-        """What the processes that were not killed say."""
+    def results(self, failed="") -> list[dict]:
+        """What the processes that were not killed say, but for one that ends with the error ``failed``."""
         out = []
         for process in self.processes:
             line, errors = process.communicate(timeout=120)
-            if process.returncode != -signal.SIGKILL:
+            if failed and failed in errors:
+                assert process.returncode == 1
+                failed = ""
+            elif process.returncode != -signal.SIGKILL:
                 assert process.returncode == 0, errors
                 out.append(json.loads(line))
+        assert not failed
         return out
 
 
@@ -199,3 +355,41 @@ def test_a_process_that_does_not_belong_to_them_is_refused(seed, tmp_path):
     for process in workers.processes:
         process.kill()
     workers.results()
+
+
+def test_a_unit_that_failed_in_one_process_is_done_by_another(seed, rng, tmp_path):
+    at = ("fail", str(rng.integers(6, 30)), str(tmp_path / "flag"))
+    workers = Workers(tmp_path / "shared", seed, [0.0, 0.02], more=at)
+    workers.go()
+    (other,) = workers.results(failed="this process had enough")
+    # Rank 0 writes the tables; the same command does what is left.
+    assert (
+        attribute(*forks.make(seed), forks.small(), tmp_path / "shared").top(1, "q0")[0].track
+        == other["first"]
+    )
+    assert forks.bits(tmp_path / "shared") == alone(seed, tmp_path / "alone")
+
+
+@pytest.mark.slow
+def test_torchrun_starts_killed_workers_again(seed, rng, tmp_path):
+    """Elastic restart: one worker is killed, torchrun starts the group anew, and nothing is lost."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--max-restarts",
+        "2",
+    ]
+    command += [str(HERE / "worker.py"), str(tmp_path / "shared"), str(seed), "{}", "0.01"]
+    command += ["kill", str(rng.integers(5, 40)), str(tmp_path / "flag")]
+    package = str(Path(attr_engine.__file__).parent.parent)
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=HERE,
+        env={**os.environ, "PYTHONPATH": package, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "flag").exists() and done.stdout.count("ready") == 4
+    assert forks.bits(tmp_path / "shared") == alone(seed, tmp_path / "alone")
