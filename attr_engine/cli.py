@@ -20,6 +20,7 @@ from attr_engine.errors import UserError, printable
 if TYPE_CHECKING:
     from attr_engine.fisher import Fisher
     from attr_engine.latents.ingest import Report
+    from attr_engine.result import Attribution
     from attr_engine.settings import Settings
 
 
@@ -206,6 +207,28 @@ def _search(args: argparse.Namespace) -> None:
     if args.out:
         result.to_parquet(Path(args.out))
         print(f"scores: {args.out}")
+    if args.against:
+        _print_recall(args, result)
+
+
+def _print_recall(args: argparse.Namespace, found: Attribution) -> None:
+    """How many of the best tracks of an exhaustive run are among the best of an index."""
+    import numpy as np
+
+    from attr_engine.index import Index
+    from attr_engine.index_recall import recall_against
+    from attr_engine.result import Attribution
+
+    queries = list(dict.fromkeys(name for name, _ in found.updates))
+    best = np.stack([found.order("index", u)[: args.within] for u in range(len(queries))])
+    run = Attribution.from_parquet(Path(args.against) / "scores.parquet")
+    for function in run.values:
+        for k in (k for k in (1, 10, 50) if k <= len(found.tracks)):
+            part = recall_against(Index.open(args.index), best, queries, run, k, function)
+            print(
+                f"of the best {k} by {function} in {args.against}, {part.mean():.3f} are among the best {best.shape[1]} of the index "
+                f"(worst query {part.min():.3f})"
+            )
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -63,6 +63,7 @@ def _add_search(commands: Any) -> None:
     p = add_command(commands, "search", "rank the training tracks of an index for some queries", """examples:
   attr-engine search --index index --model model --queries pieces --top 10
   attr-engine search --index index --model model --queries pieces --out scores.parquet
+  attr-engine search --index index --model model --queries pieces --against run --within 100
 """)  # fmt: skip
     p.add_argument("--index", required=True, help="folder made by attr-engine index")
     p.add_argument("--model", required=True, help="the model that it was made with")
@@ -72,6 +73,9 @@ def _add_search(commands: Any) -> None:
     )
     p.add_argument("--top", type=int, default=10, help="tracks to print a query (default: 10)")
     p.add_argument("--out", default="", help="Parquet file for all scores")
+    p.add_argument("--against", default="", metavar="RUN",
+                   help="an exhaustive run with these queries: prints how many of its best tracks are among the index's best")  # fmt: skip
+    p.add_argument("--within", type=int, default=300, help="with --against: of how many (default: 300)")
     _add_device(p)
 
 

@@ -82,7 +82,13 @@ def settings_of(args: argparse.Namespace) -> Settings:
     """Settings of a call: the config file (or the run's own), then the flags."""
     names = {spec.name for spec in dataclasses.fields(Settings)}
     flags = {name: value for name, value in vars(args).items() if name in names}
-    for name in ("model", "weights", "data", "cache"):  # a config has to mean the same from any folder
+    for name in (
+        "model",
+        "weights",
+        "data",
+        "cache",
+        "index",
+    ):  # a config has to mean the same from any folder
         if flags.get(name):
             flags[name] = str(Path(flags[name]).resolve())
     if "queries" in flags:

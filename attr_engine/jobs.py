@@ -142,9 +142,9 @@ class Job:
         return [(q.id, x) for q in self.queries for x in self.run.settings.strengths]
 
     def made(self, function: str) -> tuple[float, ...]:
-        """The strengths at which updates are made: the first one, where tangents serve all of them."""
-        s = self.run.settings
-        return s.strengths[:1] if function == "loss" and self.way != "passes" else s.strengths
+        """The strengths at which updates are made: the first one, where tangents alone need them."""
+        s, first_order = self.run.settings, function in self.first_order
+        return s.strengths if first_order or self.way == "passes" else s.strengths[:1]
 
     @property
     def way(self) -> str:
@@ -254,6 +254,8 @@ def check(job: Job) -> None:
         job.plan.check(draws, f"the number of {what} draws")
     if min(s.unit_tracks, s.show) < 1 or min(s.rows, s.threads, s.memory) < 0:
         raise UserError("unit_tracks and show must be at least 1, rows, threads and memory at least 0")
+    if s.rescore < 1 or (s.index and s.groups):
+        raise UserError("rescore must be at least 1; an index has no groups: leave out --index or --groups")
     if s.top:
         job.plan.check(s.race_draws, "the number of draws in the first round of a race")
         if s.top < 0 or not 0.0 < s.confidence < 1.0 or not 0.0 < s.race_share <= 1.0 or s.replicates < 2:
@@ -314,8 +316,9 @@ def score_work(job: Job, units: Sequence[int]) -> Work:
     draws = n * s.score_draws
     if s.top:
         draws = n * min(s.race_draws, s.score_draws)
-        draws = max(draws, int(len(job.scored) * s.score_draws * s.race_share)) if n else 0
-    made = len(job.queries) * (len(s.strengths) if job.way == "passes" else 1)
+        draws = max(draws, int(n * s.score_draws * s.race_share))
+    queries = 1 if s.index else len(job.queries)  # that a unit is measured under
+    made = queries * (len(s.strengths) if job.way == "passes" else 1)
     passes = 3 if job.way == "tangent" else 1  # a tangent beside every product of a pass
     # Paged updates are read for every unit, resident ones once.
     read = made * job.needs_forward * (len(units) if s.resident == 0 else bool(units))
@@ -325,9 +328,12 @@ def score_work(job: Job, units: Sequence[int]) -> Work:
 
 
 def unit_sizes(job: Job) -> list[int]:
-    """Tracks in each unit of scoring."""
-    size, tracks = job.run.settings.unit_tracks, len(job.scored)
-    return [min(size, tracks - first) for first in range(0, tracks, size)]
+    """Tracks in each unit of scoring; of a cascade the candidates of one query after the other."""
+    s = job.run.settings
+    size, tracks = s.unit_tracks, min(len(job.scored), s.rescore) if s.index else len(job.scored)
+    return [min(size, tracks - first) for first in range(0, tracks, size)] * (
+        len(job.queries) if s.index else 1
+    )
 
 
 def plan_of(job: Job) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from attr_engine.cascade import index_key
 from attr_engine.diffusion import ROW_FUNCTIONS
 from attr_engine.fisher import Fisher, FisherSettings, check_fisher, combine, fisher_units, sum_unit
 from attr_engine.jobs import FISHER_SETTINGS, Job, Query, check, make_job, update_key
@@ -189,6 +190,8 @@ def drop_updates(job: Job) -> None:
 def run_job(job: Job) -> Attribution:
     """Run every stage that is not done yet."""
     check(job)
+    if job.run.settings.index:
+        index_key(job)  # refuses what is of another model or other tracks before anything is computed
     fisher = fisher_stage(job)
     finished = job.run.path / EFFECTS
     if not finished.exists():

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from attr_engine.cascade import candidates, index_key
 from attr_engine.diffusion import ROW_FUNCTIONS
 from attr_engine.effectfile import read_parts, save_parts
 from attr_engine.effects import Base, Effects, Keep, measure_effects, measure_tangents
@@ -63,7 +64,10 @@ class Scorer:
         device = next(job.model.module.parameters()).device
         room = s.resident * 1e9 if s.resident >= 0 else 0.0 if s.memory else free_bytes(device) / 3
         self._loads = {name: _loads(job, name) for name in job.row_functions}
-        self._unlearned = Unlearned(job.model, self._loads["loss"], room)
+        # Tangents are of queries, at the first strength of each.
+        step = 1 if job.way == "passes" else len(job.made("loss"))
+        self._forward = self._loads["loss"][::step]
+        self._unlearned = Unlearned(job.model, self._forward, room)
         self._directions = {
             name: Directions(self._parameters, self._loads[name], max(room, DIRECTION_BYTES))
             for name in job.first_order
@@ -109,7 +113,7 @@ class Scorer:
         job, s = self._job, self._job.run.settings
         strengths = s.strengths
         queries = list(dict.fromkeys(u // len(strengths) for u in unit.updates))
-        updates = self._unlearned if job.way == "difference" else self._loads["loss"]
+        updates = self._unlearned if job.way == "difference" else self._forward
         tangents = measure_tangents(
             job.model,
             batch,
@@ -169,6 +173,7 @@ def score_key(job: Job) -> str:
     queries: list[Any] = [(q.id, q.tracks.fingerprint, *q.members) for q in job.queries]
     queries += [] if job.pieces is None else [job.pieces.fingerprint]
     leading = [s.functions[0]] if s.top else []
+    leading += [index_key(job), str(s.rescore)] if s.index else []
     measured = [name in s.functions for name in FIRST_ORDER] if job.first_order else []
     names = ("strengths", "mask_score", "score_draws", "unit_tracks", *RACE_SETTINGS)
     return key_of(job.key(*UPDATE_SETTINGS, *names), job.way, queries, *measured, *leading)
@@ -234,7 +239,14 @@ def first_units(job: Job) -> list[Unit]:
     """Every track under every update; of a cascade the candidates of every query under its own."""
     s = job.run.settings
     draws = range(min(s.race_draws, s.score_draws) if s.top else s.score_draws)
-    return whole_units(job, draws)
+    if not s.index:
+        return whole_units(job, draws)
+    strengths = len(s.strengths)
+    return [
+        Unit(some[i : i + s.unit_tracks].tolist(), range(q * strengths, (q + 1) * strengths), draws)
+        for q, some in enumerate(candidates(job))
+        for i in range(0, len(some), s.unit_tracks)
+    ]
 
 
 def race_of(job: Job) -> Race:
@@ -248,7 +260,8 @@ def next_units(job: Job, parts: Sequence[Part]) -> list[Unit]:
     s, race = job.run.settings, race_of(job)
     tally = Tally.of(parts, s.functions[0], job.updates, len(job.scored), s.replicates)
     # A backward pass serves all updates; forward passes are made under one.
-    together = [[u] for u in range(job.updates)] if job.needs_forward else [list(range(job.updates))]
+    alone = job.needs_forward or s.index
+    together = [[u] for u in range(job.updates)] if alone else [list(range(job.updates))]
     return [
         Unit([int(i) for i in chosen[k : k + s.unit_tracks]], group, range(there, min(2 * there, race.most)))
         for group in together

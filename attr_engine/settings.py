@@ -126,6 +126,10 @@ class Settings:
     race_draws: int = _option(4, "draws a track in the first round of a race")
     confidence: float = _option(0.95, "of a race: that a track is on the right side of the top k")
     race_share: float = _option(0.05, "of the draws of exhaustive scoring that a race may take for an update")
+    index: str = _option(
+        "", "folder made by attr-engine index: only its best --rescore tracks of every query are measured"
+    )
+    rescore: int = _option(300, "candidates a query that are taken from the index")
     show: int = _option(10, "tracks a ranking shows in the report")
     shares: str = _option(
         "excess-over-median",

@@ -170,7 +170,7 @@ OTHER = {
     "steps": 1, "damping": 0.2, "mask_update": False, "mask_score": True, "mask_fisher": True, "fisher_draws": 4,
     "update_draws": 2, "score_draws": 4, "replicates": 1, "plan": "shared", "seed": 1, "dtype": "float64",
     "device": "cuda", "rows": 4, "unit_tracks": 3, "threads": 1, "ema": False, "gradients": "loop", "memory": 1.0, "model": "m",
-    "strengths_by": "tangent", "update_dtype": "bfloat16", "top": 3, "groups": "artist",
+    "strengths_by": "tangent", "update_dtype": "bfloat16", "top": 3, "groups": "artist", "index": "i", "rescore": 5,
     "race_draws": 8, "confidence": 0.9, "race_share": 0.5,
     "checkpointing": True, "compile": "forward", "weights": "w", "data": "d", "queries": "q",
 }  # fmt: skip
@@ -319,7 +319,9 @@ def test_the_result_is_in_the_directory_bit_for_bit(finished):
     assert np.array_equal(again.base, result.base)
     assert again.meta == result.meta
     config = json.loads((out / "config.json").read_text())
-    assert again.meta["settings"] == {name: value for name, value in config.items() if name not in PRESENTATION}
+    assert again.meta["settings"] == {
+        name: value for name, value in config.items() if name not in PRESENTATION
+    }
     assert result.updates == [(q, s) for q in ("q0", "t1", "t4") for s in (1e-2, 1e-3)]
     assert not (out / "updates").exists()
 

@@ -96,7 +96,9 @@ def test_two_runs_fill_one_cache_at_the_same_time(seed, tmp_path):
 def test_one_tangent_serves_every_strength(seed, tmp_path, way):
     """At strengths so small that the prediction is linear, float64."""
     strengths = (1e-4, 2e-4, 5e-5)
-    options = {"strengths": strengths, "dtype": "float64"}
+    options = {
+        "strengths": strengths, "dtype": "float64", "functions": ("loss_change", "displacement", "influence"),
+    }  # fmt: skip
     passes, single = [], []
 
     def go(name, passes, **changes):
@@ -116,6 +118,7 @@ def test_one_tangent_serves_every_strength(seed, tmp_path, way):
             scale = np.abs(exact.values[name][u]).max()
             assert np.abs(found.values[name][u] - exact.values[name][u]).max() < 0.02 * scale
     # What was read off is quadratic in the strength to the last bits.
+    assert naive.relative_error(found.values["influence"], exact.values["influence"]) < 1e-12
     moved = found.values["displacement"].reshape(-1, 3, 6)
     assert naive.relative_error(moved[:, 1] / 4, moved[:, 0]) < 1e-12
     assert naive.relative_error(moved[:, 2] * 4, moved[:, 0]) < 1e-12

@@ -252,7 +252,9 @@ def test_an_index_begun_with_other_settings_is_refused_by_name_before_any_work(s
     whole = build_index(model, tracks, tmp_path / "whole", IndexSettings(**settings))
     for path in whole.folder.iterdir():
         assert path.read_bytes() == (tmp_path / "index" / path.name).read_bytes()
-    assert len(passes) <= len(all_passes) - len(there) + 1, "the units that were there are kept"  # begun.json is none
+    assert len(passes) <= len(all_passes) - len(there) + 1, (
+        "the units that were there are kept"
+    )  # begun.json is none
 
 
 class Workers:
