@@ -13,6 +13,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ import torch
 from torch import Tensor
 
 from attr_engine import progress
+from attr_engine.diffusion import Purpose
 from attr_engine.errors import UserError
 from attr_engine.files import remove_leftovers, whole_file, write_json, writing_in
 from attr_engine.index_numbers import NUMBERS, stored
-from attr_engine.index_recall import Sample, draw_sample, measure_recall
+from attr_engine.index_recall import Gradients, Sample, draw_sample, measure_recall, whole_gradient
 from attr_engine.index_store import (
     FEATURES,
     FORMAT,
@@ -40,7 +42,7 @@ from attr_engine.latents.batch import Tracks, check_tracks
 from attr_engine.models.checkpoint import read_json
 from attr_engine.models.protocol import Denoiser
 from attr_engine.runs import key_of
-from attr_engine.tensorfile import load_tensors, save_tensors
+from attr_engine.tensorfile import load_tensors, open_tensors, save_tensors
 from attr_engine.units import held, once, run_units
 
 __all__ = ["FEATURES", "IDS", "META", "SOLVER", "Index", "IndexSettings", "build_index"]
@@ -127,12 +129,37 @@ def _build(maker: Maker, tracks: Tracks, folder: Path, wanted: dict[str, Any]) -
         save_tensors(paths[i], {"features": maker(tracks, units[i], "score")}, {"key": wanted["key"]})
 
     run_units(paths, compute, finished, folder / "locks" / "index", lambda done: show(done, len(units)))
+    sample = draw_sample(maker, len(tracks))
+    gradients = _whole_gradients(maker, tracks, sample, folder, wanted["key"])
     with once(folder / "locks" / "index.lock", finished) as mine:
         if mine:
             remove_leftovers(folder)
-            _finish(folder, maker, tracks, paths, wanted)
+            _finish(folder, maker, tracks, paths, wanted, sample, gradients)
     for name in ("units", "locks"):
         shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _whole_gradients(maker: Maker, tracks: Tracks, sample: Sample, folder: Path, key: str) -> Gradients:
+    """What recall is measured against, in units like the rest where it is held all at a time."""
+    if sample.method != "ridge":
+        return partial(whole_gradient, maker, tracks)
+    wanted: list[tuple[Purpose, int]] = [("update", int(sample.tracks[i])) for i in sample.probes]
+    wanted += [("score", int(i)) for i in sample.tracks]
+    units = [wanted[i : i + _UNIT_TRACKS] for i in range(0, len(wanted), _UNIT_TRACKS)]
+    paths = [folder / "units" / f"recall-{i:03d}.safetensors" for i in range(len(units))]
+
+    def compute(i: int) -> None:
+        found = {
+            f"{purpose}.{index}": whole_gradient(maker, tracks, index, purpose) for purpose, index in units[i]
+        }
+        save_tensors(paths[i], found, {"key": key})
+
+    run_units(paths, compute, folder / META, folder / "locks" / "recall")
+    place = {
+        pair: path
+        for pair, path in zip(wanted, (p for u, p in zip(units, paths, strict=True) for _ in u), strict=True)
+    }
+    return lambda index, purpose: open_tensors(place[purpose, index], key)[0][f"{purpose}.{index}"]
 
 
 def _features(paths: Sequence[Path], tracks: Tracks, settings: IndexSettings, key: str) -> Iterator[Tensor]:
@@ -177,8 +204,8 @@ def spectrum(parts: Iterator[Tensor], tracks: int, width: int) -> tuple[Tensor, 
 
 
 def _finish(
-    folder: Path, maker: Maker, tracks: Tracks, paths: Sequence[Path], wanted: dict[str, Any]
-) -> None:
+    folder: Path, maker: Maker, tracks: Tracks, paths: Sequence[Path], wanted: dict[str, Any], sample: Sample, gradients: Gradients
+) -> None:  # fmt: skip
     """Solve, put the rows of all units together, measure what was lost."""
     settings, n, key = maker.settings, len(tracks), wanted["key"]
     values, vectors = spectrum(_features(paths, tracks, settings, key), n, maker.width)
@@ -187,7 +214,6 @@ def _finish(
     whole = vectors / (values + ridge).sqrt()[:, None]
     transform = whole[: settings.width] if settings.width else whole
     scales, total, kept = np.zeros(n), 0, []
-    sample = draw_sample(maker, n)
     # Written, not mapped: where a disk is full, a write is refused, and a map ends the process.
     with whole_file(folder / FEATURES) as part, open(part, "wb") as out:
         dtype = np.lib.format.dtype_to_descr(np.dtype(NUMBERS[settings.numbers]))
@@ -204,5 +230,5 @@ def _finish(
     write_json(folder / IDS, list(tracks.ids))
     meta: dict[str, Any] = {**wanted, "tracks": n, "width": len(transform)}
     found = Sample(sample.tracks, sample.probes, sample.method, torch.cat(kept))
-    meta["recall"] = measure_recall(maker, tracks, Index(folder, meta), found, whole)
+    meta["recall"] = measure_recall(maker, tracks, Index(folder, meta), found, whole, gradients)
     write_json(folder / META, meta)

@@ -14,7 +14,7 @@ a sample of the tracks:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ from attr_engine.latents.batch import Tracks
 from attr_engine.persample import summed_gradient
 from attr_engine.result import Attribution, ranks
 
-TRACKS, PROBES, K = 256, 16, 10
+TRACKS, PROBES, K = 128, 16, 10
 BYTES = 2**32  # of whole gradients that are held at a time
 _LEAST = 64  # tracks that a solve is worth making over
 _COLUMNS = 2**16  # of gradients made float64 at a time
@@ -75,7 +75,11 @@ def draw_sample(maker: Maker, tracks: int) -> Sample:
     )
 
 
-def _whole(maker: Maker, tracks: Tracks, index: int, purpose: Purpose) -> Tensor:
+Gradients = Callable[[int, Purpose], Tensor]
+"""Of a track, by its position, on the draws of a purpose; nothing projected."""
+
+
+def whole_gradient(maker: Maker, tracks: Tracks, index: int, purpose: Purpose) -> Tensor:
     """The gradient of a track, nothing projected, ``[parameters]`` float32 or float64: the same draws, by autograd alone."""
     s, batch = maker.settings, tracks.batch([index], maker.model.frames)
     together = 1 if s.averaging == "unit" else s.rows
@@ -102,15 +106,13 @@ def _dots(left: Tensor, right: Tensor) -> Tensor:
     return out
 
 
-def whole_scores(maker: Maker, tracks: Tracks, sample: Sample) -> np.ndarray:
+def whole_scores(sample: Sample, gradients: Gradients, ridge: float) -> np.ndarray:
     """Scores of the sample for every probe, from whole gradients: float64 ``[P, S]``."""
-    asked = torch.stack([_whole(maker, tracks, int(sample.tracks[i]), "update") for i in sample.probes])
+    asked = torch.stack([gradients(int(sample.tracks[i]), "update") for i in sample.probes])
     if sample.method == "ridge":
-        held = torch.stack([_whole(maker, tracks, int(i), "score") for i in sample.tracks])
-        return _solved(_dots(held, held), _dots(held, asked), maker.settings.ridge)
-    return torch.cat(
-        [_dots(_whole(maker, tracks, int(i), "score")[None], asked) for i in sample.tracks]
-    ).T.numpy()
+        held = torch.stack([gradients(int(i), "score") for i in sample.tracks])
+        return _solved(_dots(held, held), _dots(held, asked), ridge)
+    return torch.cat([_dots(gradients(int(i), "score")[None], asked) for i in sample.tracks]).T.numpy()
 
 
 def _solved(kernel: Tensor, asked: Tensor, ridge: float) -> np.ndarray:
@@ -127,7 +129,7 @@ def recall(found: np.ndarray, expected: np.ndarray, k: int) -> float:
 
 
 def measure_recall(
-    maker: Maker, tracks: Tracks, index: Index, sample: Sample, transform: Tensor
+    maker: Maker, tracks: Tracks, index: Index, sample: Sample, transform: Tensor, gradients: Gradients
 ) -> dict[str, Any]:  # fmt: skip
     """What this module is about, of an index whose files are there.
 
@@ -137,6 +139,7 @@ def measure_recall(
         index: the index.
         sample: with features.
         transform: T of all directions, ``[r, numbers of a feature]``.
+        gradients: whole ones.
 
     Returns:
         ``projection``, ``numbers``, ``self_rank`` (of the index and of whole gradients: mean and worst), and on what:
@@ -149,7 +152,7 @@ def measure_recall(
     names = [tracks.ids[int(i)] for i in own]
     asked = finite(maker(tracks, [int(i) for i in own], "update"), names, maker.settings.normalised)
     k = max(1, min(K, len(sample.tracks) // 4))
-    whole = whole_scores(maker, tracks, sample)
+    whole = whole_scores(sample, gradients, maker.settings.ridge)
     inner = sample.features @ asked.T
     projected = (
         _solved(sample.features @ sample.features.T, inner, maker.settings.ridge)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import helpers
 import naive
@@ -12,7 +13,14 @@ from test_index import WHOLE, gradients, ridge_scores
 from attr_engine import Attribution, UserError, index_recall
 from attr_engine.features import AVERAGING
 from attr_engine.index import META, IndexSettings, build_index
-from attr_engine.index_recall import draw_sample, recall, recall_against, sentences, whole_scores
+from attr_engine.index_recall import (
+    draw_sample,
+    recall,
+    recall_against,
+    sentences,
+    whole_gradient,
+    whole_scores,
+)
 from attr_engine.index_store import Maker
 
 
@@ -32,21 +40,22 @@ def test_the_exhaustive_answer_is_that_of_a_loop(normalised, averaging, setting,
     maker = Maker(model, s)
     sample = draw_sample(maker, len(tracks))
     assert len(sample.tracks) == 8 and sample.method == "ridge"
-    some = tracks.subset([int(i) for i in sample.tracks])
+    some, whole = tracks.subset([int(i) for i in sample.tracks]), partial(whole_gradient, maker, tracks)
     phi, asked = gradients(model, some, s, "score"), gradients(model, some, s, "update")
     expected = ridge_scores(phi, asked[sample.probes], s)
-    error = naive.relative_error(whole_scores(maker, tracks, sample), expected)
+    error = naive.relative_error(whole_scores(sample, whole, maker.settings.ridge), expected)
     measured("relative_error", error)
     assert error < 1e-8
 
     monkeypatch.setattr(index_recall, "BYTES", 3 * 4 * phi.shape[1])
     sample = draw_sample(maker, len(tracks))
     assert sample.method == "inner product" and len(sample.probes) == 3
-    some = tracks.subset([int(i) for i in sample.tracks])
+    some, whole = tracks.subset([int(i) for i in sample.tracks]), partial(whole_gradient, maker, tracks)
     phi, asked = gradients(model, some, s, "score"), gradients(model, some, s, "update")
     if normalised:
         phi, asked = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (phi, asked))
-    assert naive.relative_error(whole_scores(maker, tracks, sample), asked[sample.probes] @ phi.T) < 1e-9
+    found = whole_scores(sample, whole, maker.settings.ridge)
+    assert naive.relative_error(found, asked[sample.probes] @ phi.T) < 1e-9
 
 
 @pytest.mark.parametrize("room", [2**32, 2**13])
@@ -57,8 +66,12 @@ def test_a_whole_index_gives_everything_back_and_a_poor_one_does_not(room, setti
     assert found["projection"] == found["numbers"] == 1.0
     assert found["k"] == 3 and found["tracks"] == 12
     poor = replace(WHOLE, projection="identity", rank=1, width=1, numbers="int8")
-    found = build_index(model, tracks, tmp_path / "poor", poor).meta["recall"]
-    assert found["projection"] < 1 and found["numbers"] < 1
+    # Of few probes a single poor index may be right by chance.
+    found = [
+        build_index(model, tracks, tmp_path / f"poor-{n}", replace(poor, seed=n)).meta["recall"]
+        for n in range(4)
+    ]
+    assert all(np.mean([one[name] for one in found]) < 1 for name in ("projection", "numbers"))
 
 
 def test_recall_is_of_the_tracks_that_the_index_would_give(setting, tmp_path):
@@ -68,7 +81,8 @@ def test_recall_is_of_the_tracks_that_the_index_would_give(setting, tmp_path):
     maker = Maker(model, s)
     sample = draw_sample(maker, 12)
     asked = maker(tracks, [int(i) for i in sample.tracks[sample.probes]], "update")
-    expected = recall(index.score(asked), whole_scores(maker, tracks, sample), 3)
+    whole = whole_scores(sample, partial(whole_gradient, maker, tracks), s.ridge)
+    expected = recall(index.score(asked), whole, 3)
     assert index.meta["recall"]["projection"] == pytest.approx(expected)
 
 

@@ -200,7 +200,9 @@ def test_scores_of_a_race_are_those_of_the_draws_that_were_made(seed, tmp_path):
             assert np.array_equal(raced.draws[u], there) and there.min() >= 2
             most = np.flatnonzero(there == there.max())
             if len(most) == len(there):
-                assert np.allclose(raced.values[name][u], per_draw[u][:, : there.max()].mean(axis=1), rtol=1e-9)
+                assert np.allclose(
+                    raced.values[name][u], per_draw[u][:, : there.max()].mean(axis=1), rtol=1e-9
+                )
                 continue
             common = per_draw[u][most][:, : there.max()].mean(axis=0)
             for i, n in enumerate(there):
