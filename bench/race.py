@@ -72,6 +72,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--work", type=Path, help="folder for data, truth and runs; kept")
     parser.add_argument("--name", default="", help="of the result (that of --work)")
+    parser.add_argument("--functions", nargs="+", choices=FUNCTIONS, default=FUNCTIONS, help="scores (both)")
     parser.add_argument("--plan", choices=("shared", "track"), default="shared", help="of the draws (shared)")
     parser.add_argument("--compile", choices=("off", "forward"), default="off", help="forward passes (off)")
     parser.add_argument("--prepare", action="store_true", help="data, updates and truth only")
@@ -143,7 +144,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Truth, its halves, the races, and as many draws for every track as the race took on the mean."""
     job, truth = truth_of(args)
     rows = []
-    for function in FUNCTIONS:
+    for function in args.functions:
         means, draws, seconds = _race(args, job, function)
         values = truth[function]  # [U, N, D]
         half = values.shape[2] // 2
@@ -229,7 +230,8 @@ def _race(args: argparse.Namespace, truth: Any, function: str) -> tuple[np.ndarr
     started = time.perf_counter()
     parts = score_stage(job)
     tally = Tally.of(parts, function, job.updates, len(job.tracks), job.run.settings.replicates)
-    return tally.means, tally.draws, time.perf_counter() - started
+    scores = np.stack([tally.adjusted(u, args.top)[0] for u in range(job.updates)])
+    return scores, tally.draws, time.perf_counter() - started
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -245,7 +247,7 @@ def markdown(result: dict[str, Any]) -> str:
                 f"| {name}: {case['tracks']}, {case['top']} | {row['function']} | {row['query']} | {row['draws']:.1f} "
                 f"({row['share']:.3f}) | {row['recall']:.2f} | {row['halves']:.2f} | {row['same draws for all']:.2f} |"
             )
-        for function in FUNCTIONS:
+        for function in dict.fromkeys(r["function"] for r in case["rows"]):
             some = [r for r in case["rows"] if r["function"] == function]
             found, ceiling = (float(np.mean([r[k] for r in some])) for k in ("recall", "halves"))
             bar = 0.95 if ceiling >= 0.95 else 0.98 * ceiling

@@ -34,19 +34,22 @@ def queries_criteria(rounds: Sequence[dict[str, float]], same: bool) -> list[Row
     return out
 
 
-def memory_criteria(rows: Sequence[Row]) -> list[Row]:
-    """Gigabytes of a query, and of another one."""
+def memory_criteria(rows: Sequence[Row], frames: int) -> list[Row]:
+    """Gigabytes of a query at the full length, and of another one."""
     out = []
     for dtype, bound in GIGABYTES.items():
-        found = {r["what"]: r["weights"] + r["beside"] for r in rows if r["dtype"] == dtype}
-        out.append(_item(f"{dtype}, one query, GB", found["one query"] / 1e9, bound))
+        found = {
+            (r["what"], r["frames"] == frames): r["weights"] + r["beside"]
+            for r in rows
+            if r["dtype"] == dtype
+        }
+        one = found["one query", False]
+        out.append(_item(f"{dtype}, one query, GB", found["one query", True] / 1e9, bound))
         out.append(
-            _item(
-                f"{dtype}, another paged query, GB", (found["two, paged"] - found["one query"]) / 1e9, 0.001
-            )
+            _item(f"{dtype}, another paged query, GB", (found["two, paged", False] - one) / 1e9, 0.001)
         )
         if dtype == "bfloat16":
-            more = (found["two, resident"] - found["one query"]) / 1e9
+            more = (found["two, resident", False] - one) / 1e9
             out.append(_item(f"{dtype}, another resident query, GB", more, 2.2))
     return out
 
@@ -135,13 +138,14 @@ def _modes(part: Row) -> list[str]:
 
 def _memory(part: Row) -> list[str]:
     lines = [
-        f"The 1.06 B model, one row of {part['frames']} frames, loss change and displacement, bytes of tensors measured on a CPU; "
+        f"The 1.06 B model, one row, loss change and displacement, bytes of tensors measured on a CPU; "
         f"not yet measured on a GPU. {_where(part)}",
         "",
-        "| dtype | what | weights, GB | beside them, GB | together, GB |",
-        "|---|---|---|---|---|",
+        "| dtype | what | frames | weights, GB | beside them, GB | together, GB |",
+        "|---|---|---|---|---|---|",
     ]
     return lines + [
-        f"| {r['dtype']} | {r['what']} | {r['weights'] / 1e9:.2f} | {r['beside'] / 1e9:.2f} | {(r['weights'] + r['beside']) / 1e9:.2f} |"
+        f"| {r['dtype']} | {r['what']} | {r['frames']} | {r['weights'] / 1e9:.2f} | {r['beside'] / 1e9:.2f} "
+        f"| {(r['weights'] + r['beside']) / 1e9:.2f} |"
         for r in part["rows"]
     ]
