@@ -245,7 +245,7 @@ def _run(args: argparse.Namespace) -> None:
         return _dry_run(args, settings, first)
     with open_run(out, settings, bars=True) as run:
         job = load_job(run)
-        jobs.check(job)
+        pipeline.check_all(job)
         if first:
             print(jobs.plan_of(job), file=sys.stderr)
         fisher = pipeline.fisher_stage(job)

@@ -17,11 +17,11 @@ import torch
 
 from attr_engine.errors import UserError
 from attr_engine.fisher import FisherSettings, fisher_units
-from attr_engine.jobs import Job, Work, check, fisher_work, make_job, score_work, unit_sizes, update_work
+from attr_engine.jobs import Job, Work, fisher_work, make_job, score_work, unit_sizes, update_work
 from attr_engine.latents.batch import Tracks
 from attr_engine.latents.manifest import MANIFEST
 from attr_engine.models.protocol import Denoiser
-from attr_engine.pipeline import FISHER
+from attr_engine.pipeline import FISHER, check_all
 from attr_engine.probe import Probe
 from attr_engine.progress import clock_time
 from attr_engine.runs import LOCKS, Run, check_same
@@ -154,8 +154,11 @@ def left_of(job: Job, stages: Sequence[str] = STAGES) -> dict[str, Work]:
         left["unlearn"] = update_work(job, lacking)
     if "score" in left:
         folder = path / "units"
-        sizes = [n for i, n in enumerate(unit_sizes(job)) if not (folder / f"0-{i:06d}.safetensors").exists()]
-        left["score"] = score_work(job, sizes)
+        sizes = [
+            n for i, n in enumerate(unit_sizes(job)) if not (folder / f"00-{i:06d}.safetensors").exists()
+        ]
+        # Of a race that has begun no more is known than what it takes at most.
+        left["score"] = score_work(job, unit_sizes(job) if s.top else sizes)
     return left
 
 
@@ -195,7 +198,7 @@ def estimate(job: Job, stages: Sequence[str] = STAGES) -> Estimate:
         UserError: what the run itself would refuse.
     """
     begun = time.perf_counter()
-    check(job)
+    check_all(job)
     probe, found = Probe(job), []
     for stage, work in left_of(job, stages).items():
         seconds, memory = np.zeros(3), 0

@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from attr_engine.diffusion import DrawPlan
 from attr_engine.errors import UserError
 from attr_engine.files import write_json
@@ -130,6 +132,18 @@ class Job:
     def row_functions(self) -> tuple[str, ...]:
         """Whose gradients give updates: the loss's always, others where a score function needs them."""
         return tuple(dict.fromkeys(["loss", *self.first_order]))
+
+    def cache_path(self, name: str) -> Path | None:
+        """A file under ``--cache``; None without one."""
+        folder = self.run.settings.cache
+        return Path(folder) / name if folder else None
+
+    def cache_key(self, key: str) -> str:
+        """A key for other runs: bits depend on the device and the threads, too, which one run directory does not change."""
+        device = next(self.model.module.parameters()).device.type
+        return key_of(
+            key, device, torch.get_num_threads() if device == "cpu" else 0, self.run.settings.compile
+        )
 
     @property
     def updates(self) -> int:
@@ -258,10 +272,17 @@ def check(job: Job) -> None:
         raise UserError("rescore must be at least 1; an index has no groups: leave out --index or --groups")
     if s.top:
         job.plan.check(s.race_draws, "the number of draws in the first round of a race")
+        if s.groups:
+            raise UserError("groups do not race: leave out --top or --groups")
         if s.top < 0 or not 0.0 < s.confidence < 1.0 or not 0.0 < s.race_share <= 1.0 or s.replicates < 2:
             raise UserError(
                 f"a race for the top {s.top} with confidence {s.confidence} and a share of {s.race_share}: use a top above 0, "
                 "both between 0 and 1, and at least 2 replicates, whose spread is the error of a score"
+            )
+        if s.race_draws >= s.race_share * s.score_draws:
+            raise UserError(
+                f"a race that begins with {s.race_draws} draws and may take {s.race_share:g} of {s.score_draws} cannot decide: "
+                f"set --score-draws above {s.race_draws / s.race_share:g}, or --race-share above {s.race_draws / s.score_draws:g}"
             )
     if job.way != "passes" and s.steps > 1:
         raise UserError(

@@ -43,9 +43,11 @@ def fisher_stage(job: Job) -> Fisher:
     """Fit the Fisher, or read it; the settings are written down first."""
     path, key = job.run.path / FISHER, job.key(*FISHER_SETTINGS)
     job.run.record()
-    known = Path(job.run.settings.cache) / f"fisher-{key}.safetensors" if job.run.settings.cache else path
+    known = job.cache_path(f"fisher-{job.cache_key(key)}.safetensors") or path
     if not path.exists() and known.exists():
-        Fisher.load(known, key).save(path, key)
+        with once(job.run.path / LOCKS / "fisher.lock", path) as mine:
+            if mine:
+                Fisher.load(known, key).save(path, key)
     if not path.exists():
         check_fisher(job.model, job.tracks, _fisher_settings(job))
         _sum_units(job, path, key)
@@ -146,8 +148,8 @@ def _update_query(
 
 
 def _comparable(tally: Tally, top: int) -> np.ndarray:
-    """Scores ``[U, N]``, which in a race stand for means over the same draws."""
-    if not top:
+    """Scores ``[U, N]``, which in a race with shared draws stand for means over the same ones."""
+    if not top or not tally.shared:
         return tally.means
     return np.stack([tally.adjusted(u, top)[0] for u in range(len(tally.draws))])
 
@@ -158,7 +160,8 @@ def finish(job: Job, parts: Sequence[Part]) -> Attribution:
     if len(parts) == 1 and len(parts[0].tracks) == n:
         by_function = scores(parts[0].effects, s.functions, s.replicates)
     else:
-        tallies = {name: Tally.of(parts, name, job.updates, n, s.replicates) for name in s.functions}
+        shared = s.plan == "shared"
+        tallies = {name: Tally.of(parts, name, job.updates, n, s.replicates, shared) for name in s.functions}
         by_function = {name: (_comparable(tally, s.top), tally.errors) for name, tally in tallies.items()}
     base, draws = np.full(n, np.nan), np.zeros((job.updates, n), dtype=np.int64)
     for part in reversed(parts):  # of a track in several parts the first one tells
@@ -187,11 +190,16 @@ def drop_updates(job: Job) -> None:
         shutil.rmtree(job.run.path / "updates", ignore_errors=True)
 
 
-def run_job(job: Job) -> Attribution:
-    """Run every stage that is not done yet."""
+def check_all(job: Job) -> None:
+    """Refuse whatever later stages would refuse, an index of something else too, before anything is computed."""
     check(job)
     if job.run.settings.index:
-        index_key(job)  # refuses what is of another model or other tracks before anything is computed
+        index_key(job)
+
+
+def run_job(job: Job) -> Attribution:
+    """Run every stage that is not done yet."""
+    check_all(job)
     fisher = fisher_stage(job)
     finished = job.run.path / EFFECTS
     if not finished.exists():

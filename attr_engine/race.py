@@ -4,11 +4,11 @@ Rounds double the draws of the tracks whose interval reaches across the border o
 its share of exhaustive scoring; tracks that were left behind take part again if the border comes down to them (successive
 elimination: Even-Dar et al. 2006; with a budget, nearest to the border first: Gabillon et al. 2012).
 
-What a draw does to all tracks alike says nothing of their order, and tracks that had other draws are not compared by it: the mean over
-the reference, tracks around the border that had all draws, is taken off, draw by draw, and its mean over all draws put back (a
-control variate). With the plan ``shared`` that is most of the noise. What is left spreads over the R replicates of the timestep
-sequence (:func:`attr_engine.diffusion.standard_error`) with R - 1 degrees of freedom, which is noisy: the variance that a race
-reckons with is the mean of a track's own and of the reference's.
+With the plan ``shared`` every track meets the same draws. What a draw does to all of them alike says nothing of their order, and is
+most of the noise; and tracks that had other draws cannot be compared as they are. So the mean over the reference, tracks around the
+border that had all draws, is taken off, draw by draw, and its mean over all draws put back (a control variate). What is left
+spreads over the R replicates of the timestep sequence (:func:`attr_engine.diffusion.standard_error`) with R - 1 degrees of freedom,
+which is noisy: the variance that a race reckons with is the mean of a track's own and of the reference's.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import numpy as np
 
 from attr_engine.effects import Effects
 from attr_engine.score import score_function
+
+_LEAST = 8  # tracks that go on at a time
 
 
 @dataclass(frozen=True)
@@ -47,17 +49,23 @@ class Tally:
     Attributes:
         sums: float64 ``[U, N, R]``.
         draws: int64 ``[U, N]``, how many draws are in them; 0 where nothing was measured.
+        shared: whether a draw is the same for all tracks.
     """
 
-    def __init__(self, function: str, updates: int, tracks: int, replicates: int) -> None:
+    def __init__(
+        self, function: str, updates: int, tracks: int, replicates: int, shared: bool = False
+    ) -> None:
+        self.shared = shared
         self.sums = np.zeros((updates, tracks, replicates))
         self.draws = np.zeros((updates, tracks), dtype=np.int64)
         self._function, self._parts = function, list[Part]()
 
     @staticmethod
-    def of(parts: Sequence[Part], function: str, updates: int, tracks: int, replicates: int) -> Tally:
+    def of(
+        parts: Sequence[Part], function: str, updates: int, tracks: int, replicates: int, shared: bool = False
+    ) -> Tally:
         """Add up the scores of some parts by one function."""
-        tally = Tally(function, updates, tracks, replicates)
+        tally = Tally(function, updates, tracks, replicates, shared)
         for part in parts:
             tally.add(part)
         return tally
@@ -106,6 +114,8 @@ class Tally:
             float64 ``[N]`` each; NaN where nothing was measured.
         """
         own, draws, replicates = self.by_replicate()[update], self.draws[update], self.sums.shape[2]
+        if not self.shared:
+            return own.mean(axis=1), _error(own)
         common = self._common(update, self.reference(update, top))
         rounds = np.cumsum(common.reshape(-1, replicates), axis=0)  # [D / R, R]
         counts = np.maximum(draws // replicates, 1)
@@ -119,9 +129,16 @@ class Tally:
         for part in self._parts:
             here = np.isin(part.tracks, reference)
             if update in part.updates and here.any():
-                per_draw = score_function(self._function)(part.effects)[list(part.updates).index(update)]
-                found.setdefault(part.draws.start, []).append(per_draw[here])
+                one = _of_update(part, update)
+                found.setdefault(part.draws.start, []).append(score_function(self._function)(one)[0, here])
         return np.concatenate([np.concatenate(found[first]).mean(axis=0) for first in sorted(found)])
+
+
+def _of_update(part: Part, update: int) -> Effects:
+    """Effects of one update of a part, ``[1, n, D]``."""
+    row, e = list(part.updates).index(update), part.effects
+    influence = {name: values[row : row + 1] for name, values in e.influence.items()}
+    return Effects(e.base, e.unlearned[row : row + 1], e.displacement[row : row + 1], influence)
 
 
 def _error(by_replicate: np.ndarray) -> np.ndarray:
@@ -195,6 +212,12 @@ class Race:
             self.undecided(*tally.adjusted(u, self.top), draws, tally.reference(u, self.top)) for u in updates
         ], axis=0)  # fmt: skip
         wanted = np.flatnonzero((near < 1) & (draws < self.most))
+        if (
+            tally.shared and 0 < len(wanted) < _LEAST
+        ):  # the reference of the next round: its mean stands for all
+            level = np.flatnonzero((draws == draws[wanted].max()) & (draws < self.most) & np.isfinite(near))
+            beside = level[np.argsort(near[level], kind="stable")][:_LEAST]
+            wanted = np.union1d(wanted, beside)
         more = np.minimum(draws, self.most - draws)
         room = self.share * self.most * int((draws > 0).sum()) - int(draws.sum())
         nearest = wanted[np.argsort(near[wanted], kind="stable")]

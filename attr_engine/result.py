@@ -179,7 +179,9 @@ def run_metadata(job: Job, fisher: str) -> dict[str, Any]:
         "config": key_of(settings),
         "model": job.model.fingerprint,
         "data": job.tracks.fingerprint,
-        "queries": list(dict.fromkeys(q.tracks.fingerprint for q in job.queries)),
+        "queries": [job.pieces.fingerprint]
+        if job.pieces
+        else list(dict.fromkeys(q.tracks.fingerprint for q in job.queries)),
         "fisher": fisher,
         "objective": job.model.objective,
         "frames": job.model.frames,

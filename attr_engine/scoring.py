@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -145,13 +144,12 @@ def _loads(job: Job, function: str) -> list[Callable[[], Update]]:
 
 def _keep(job: Job, unit: Unit) -> Keep:
     """Keeps what theta_0 says of a unit under ``--cache``, for every run with this model, these tracks and this draw plan."""
-    s = job.run.settings
-    if not s.cache:
+    key = job.cache_key(key_of(job.key("mask_score", "rows", layers=False), job.scored.fingerprint))
+    folder = job.cache_path(key)
+    if folder is None:
         return lambda measure: measure()
-    device = next(job.model.module.parameters()).device.type
-    key = key_of(job.key("mask_score", "rows", layers=False), job.scored.fingerprint, device)
     tracks = f"{unit.tracks[0]}-{key_of(list(unit.tracks))}"
-    path = Path(s.cache) / key / f"{tracks}-{unit.draws.start}-{unit.draws.stop}.safetensors"
+    path = folder / f"{tracks}-{unit.draws.start}-{unit.draws.stop}.safetensors"
 
     def keep(measure: Callable[[], Base]) -> Base:
         if path.exists():
@@ -160,8 +158,6 @@ def _keep(job: Job, unit: Unit) -> Keep:
         with held(path.with_suffix(".lock")) as mine:
             if mine and not path.exists():  # where another run writes the same, it will be the same
                 save_tensors(path, vars(base), {"key": key})
-        with contextlib.suppress(OSError):
-            path.with_suffix(".lock").unlink()
         return base
 
     return keep
@@ -176,7 +172,7 @@ def score_key(job: Job) -> str:
     leading += [index_key(job), str(s.rescore)] if s.index else []
     measured = [name in s.functions for name in FIRST_ORDER] if job.first_order else []
     names = ("strengths", "mask_score", "score_draws", "unit_tracks", *RACE_SETTINGS)
-    return key_of(job.key(*UPDATE_SETTINGS, *names), job.way, queries, *measured, *leading)
+    return key_of(job.key(*UPDATE_SETTINGS, *names), job.way, job.needs_forward, queries, *measured, *leading)
 
 
 def score_stage(job: Job) -> list[Part]:
@@ -211,7 +207,7 @@ def _rounds(job: Job, key: str, finished: Path) -> list[Part]:
     show = job.run.progress("score", "unit", f"scoring {len(job.scored)} tracks under {job.updates} updates")
     units, number, before = first_units(job), 0, 0
     while units:
-        paths = [job.run.path / "units" / f"{number}-{i:06d}.safetensors" for i in range(len(units))]
+        paths = [job.run.path / "units" / f"{number:02d}-{i:06d}.safetensors" for i in range(len(units))]
         measure_units(job, scorer, units, paths, key, finished, show, before)
         try:
             parts += _merged([part for path in paths for part in read_parts(path, key)])
@@ -258,7 +254,7 @@ def race_of(job: Job) -> Race:
 def next_units(job: Job, parts: Sequence[Part]) -> list[Unit]:
     """More draws for those tracks whose place in the top k is not decided."""
     s, race = job.run.settings, race_of(job)
-    tally = Tally.of(parts, s.functions[0], job.updates, len(job.scored), s.replicates)
+    tally = Tally.of(parts, s.functions[0], job.updates, len(job.scored), s.replicates, s.plan == "shared")
     # A backward pass serves all updates; forward passes are made under one.
     alone = job.needs_forward or s.index
     together = [[u] for u in range(job.updates)] if alone else [list(range(job.updates))]

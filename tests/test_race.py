@@ -54,7 +54,7 @@ def run(rng, race, levels, noise, first=4, shared=0.0):
         alike = common[draws.start : draws.stop]
         return Part(made.tracks, made.updates, draws, Effects(e.base, e.unlearned + alike, e.displacement))
 
-    tally = Tally.of([part(range(tracks), range(first))], "loss_change", 1, tracks, R)
+    tally = Tally.of([part(range(tracks), range(first))], "loss_change", 1, tracks, R, shared > 0)
     while groups := race.next(tally, [0]):
         for there, chosen in groups.items():
             tally.add(part(chosen, range(there, min(2 * there, race.most))))

@@ -511,3 +511,24 @@ def test_data_of_another_run_and_runs_without_data_are_refused(world, seed, caps
     assert "--data" in capsys.readouterr().err
     assert main(["rollup", str(folder / "nothing"), "--by", "artist"]) == 2
     assert "scores.parquet does not exist" in capsys.readouterr().err
+
+
+def test_a_race_with_shared_draws_can_be_added_up(seed, tmp_path):
+    model, tracks, queries = forks.make(seed)
+    race = {
+        "top": 2,
+        "race_draws": 2,
+        "score_draws": 8,
+        "race_share": 1.0,
+        "plan": "shared",
+        "functions": ("displacement",),
+    }
+    result = attribute(model, tracks, queries, forks.small(**race), tmp_path)
+    groups = roll_up(
+        result, [Level("half", list("ababab"))], read_effects(tmp_path / "effects.safetensors")
+    ).levels[0]
+    for u in range(len(result.updates)):
+        expected = result.values["displacement"][u].reshape(3, 2).sum(axis=0)
+        assert list(groups.names) == ["a", "b"]
+        assert np.allclose(groups.values["displacement"][u], expected, rtol=1e-9)
+        assert (groups.errors["displacement"][u] > 0).all()
