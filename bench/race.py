@@ -165,6 +165,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "top": args.top,
         "draws": args.draws,
         "truth_draws": args.truth_draws,
+        "plan": args.plan,
         "rows": rows,
     }
 
