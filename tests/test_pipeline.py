@@ -195,7 +195,9 @@ def test_changed_settings_are_refused_by_name(finished):
             attribute(model, tracks, queries, forks.small(**{name: value}), out)
         assert f"{name}: {old!r} -> {value!r}" in str(refused.value)
         assert str(refused.value).count(" -> ") == 1
-    again = attribute(model, tracks, queries, forks.small(**PRESENTATION), out)
+    again = attribute(
+        model, tracks, queries, forks.small(**{**PRESENTATION, "cache": str(out.parent / "c")}), out
+    )
     assert all(np.array_equal(again.values[f], result.values[f]) for f in result.values)
 
 
