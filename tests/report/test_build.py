@@ -187,7 +187,7 @@ def test_a_decoder_that_gives_nan_leaves_the_sound_out(tmp_path):
 def test_survivors_come_first_and_what_was_not_measured_has_no_row(measured, tmp_path):
     """As after a cascade: t3 went on, t0 and t1 were left behind with larger scores, t2 was only ranked."""
     tracks = make_tracks(np.random.default_rng(0), 4, 3, 10)
-    with open_run(tmp_path / "run", replace(SETTINGS, top=4)) as run:
+    with open_run(tmp_path / "run", replace(SETTINGS, show=4)) as run:
         job = Job(run, Model(1), tracks, make_queries(tracks, [], ("t0",)))
         whole = run_job(job)
         scores = np.array([[7.0, 5.0, np.nan, 1.0]])
