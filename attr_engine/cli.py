@@ -219,12 +219,12 @@ def _print_recall(args: argparse.Namespace, found: Attribution) -> None:
     from attr_engine.index_recall import recall_against
     from attr_engine.result import Attribution
 
-    queries = list(dict.fromkeys(name for name, _ in found.updates))
+    index, queries = Index.open(args.index), list(dict.fromkeys(name for name, _ in found.updates))
     best = np.stack([found.order("index", u)[: args.within] for u in range(len(queries))])
     run = Attribution.from_parquet(Path(args.against) / "scores.parquet")
     for function in run.values:
         for k in (k for k in (1, 10, 50) if k <= len(found.tracks)):
-            part = recall_against(Index.open(args.index), best, queries, run, k, function)
+            part = recall_against(index, best, queries, run, k, function)
             print(
                 f"of the best {k} by {function} in {args.against}, {part.mean():.3f} are among the best {best.shape[1]} of the index "
                 f"(worst query {part.min():.3f})"

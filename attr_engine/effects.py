@@ -162,23 +162,43 @@ def measure_effects(
     Raises:
         UserError: unusable draws.
     """
-    draws = checked_draws(plan, draws)
     unlearned = updates if isinstance(updates, Unlearned) else Unlearned(model, updates)
+
+    @contextlib.contextmanager
+    def under(u: int) -> Iterator[_Effect]:
+        with unlearned.under(u):
+            yield partial(_change, model)
+
+    chosen = range(len(unlearned)) if which is None else which
+    return Effects(*_measured(model, batch, under, chosen, plan, draws, masked, rows, keep, tick))
+
+
+_Effect = Callable[[Noised, Tensor], tuple[Tensor, Tensor]]
+"""Two numbers of every row, from the rows and their predictions under theta_0."""
+
+
+def _measured(
+    model: Denoiser, batch: Batch, under: Callable[[int], contextlib.AbstractContextManager[_Effect]], chosen: Sequence[int],
+    plan: DrawPlan, draws: int | range, masked: bool, rows: int, keep: Keep, tick: Callable[[], None],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    """Losses under theta_0 ``[N, D]``, and the two numbers of an effect under each of the chosen updates, ``[U, N, D]``."""
+    draws = checked_draws(plan, draws)
     noised = rows_of(model, batch, plan, draws, masked, rows)
     base = keep(lambda: _base(model, noised, tick))
     shape = (len(batch.ids), len(draws))
-    chosen = range(len(unlearned)) if which is None else which
-    losses, moved = np.empty((len(chosen), *shape)), np.empty((len(chosen), *shape))
+    first, second = np.empty((len(chosen), *shape)), np.empty((len(chosen), *shape))
     for row, u in enumerate(chosen):
-        with unlearned.under(u):
-            found = [_effect(model, n, before, tick) for n, before in _paired(noised, base)]
-        losses[row], moved[row] = (_table(part, shape) for part in zip(*found, strict=True))
-    return Effects(_table([base.losses], shape), losses, moved)
+        with under(u) as effect:
+            found = []
+            for n, before in _paired(noised, base):
+                tick()
+                found.append(effect(n, before))
+        first[row], second[row] = (_table(part, shape) for part in zip(*found, strict=True))
+    return _table([base.losses], shape), first, second
 
 
-def _effect(model: Denoiser, rows: Noised, before: Tensor, tick: Callable[[], None]) -> tuple[Tensor, Tensor]:
+def _change(model: Denoiser, rows: Noised, before: Tensor) -> tuple[Tensor, Tensor]:
     """Loss and displacement of a pass."""
-    tick()
     after = predict(model, rows)
     return row_losses(after, rows), kernels.per_draw_loss(after, before, rows.counted)
 
@@ -265,20 +285,14 @@ def measure_tangents(
     Raises:
         UserError: unusable draws, an unknown way, or an operation of the model that has no forward mode.
     """
-    draws = checked_draws(plan, draws)
-    noised = rows_of(model, batch, plan, draws, masked, rows)
-    base = keep(lambda: _base(model, noised, tick))
-    shape = (len(batch.ids), len(draws))
-    chosen = range(len(updates)) if which is None else which
-    slope, curvature = np.empty((len(chosen), *shape)), np.empty((len(chosen), *shape))
-    for row, u in enumerate(chosen):
+
+    @contextlib.contextmanager
+    def under(u: int) -> Iterator[_Effect]:
         with _tangents(model, updates, u, way) as tangent:
-            found = []
-            for n, before in _paired(noised, base):
-                tick()
-                found.append(_expansion(n, before, tangent(n, before)))
-        slope[row], curvature[row] = (_table(part, shape) for part in zip(*found, strict=True))
-    return Tangents(_table([base.losses], shape), slope, curvature)
+            yield lambda n, before: _expansion(n, before, tangent(n, before))
+
+    chosen = range(len(updates)) if which is None else which
+    return Tangents(*_measured(model, batch, under, chosen, plan, draws, masked, rows, keep, tick))
 
 
 @contextlib.contextmanager

@@ -13,13 +13,13 @@ which is noisy: the variance that a race reckons with is the mean of a track's o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
 
+from attr_engine.diffusion import standard_error
 from attr_engine.effects import Effects
 from attr_engine.score import score_function
 
@@ -87,7 +87,7 @@ class Tally:
     @property
     def errors(self) -> np.ndarray:
         """Standard errors ``[U, N]``; NaN where nothing was measured, or with one replicate."""
-        return _error(self.by_replicate())
+        return standard_error(self.by_replicate(), self.sums.shape[2])
 
     def by_replicate(self) -> np.ndarray:
         """Means over the draws of each replicate, ``[U, N, R]``; NaN where nothing was measured."""
@@ -115,13 +115,13 @@ class Tally:
         """
         own, draws, replicates = self.by_replicate()[update], self.draws[update], self.sums.shape[2]
         if not self.shared:
-            return own.mean(axis=1), _error(own)
+            return own.mean(axis=1), standard_error(own, replicates)
         common = self._common(update, self.reference(update, top))
         rounds = np.cumsum(common.reshape(-1, replicates), axis=0)  # [D / R, R]
         counts = np.maximum(draws // replicates, 1)
         alike = rounds[counts - 1] / counts[:, None]
         rest = own - alike
-        return rest.mean(axis=1) + common.mean(), _error(rest)
+        return rest.mean(axis=1) + common.mean(), standard_error(rest, replicates)
 
     def _common(self, update: int, reference: np.ndarray) -> np.ndarray:
         """Mean score of the reference on each of its draws, ``[D]``."""
@@ -139,14 +139,6 @@ def _of_update(part: Part, update: int) -> Effects:
     row, e = list(part.updates).index(update), part.effects
     influence = {name: values[row : row + 1] for name, values in e.influence.items()}
     return Effects(e.base, e.unlearned[row : row + 1], e.displacement[row : row + 1], influence)
-
-
-def _error(by_replicate: np.ndarray) -> np.ndarray:
-    """Standard error of the mean over replicates ``[..., R]``."""
-    replicates = by_replicate.shape[-1]
-    if replicates < 2:
-        return np.full(by_replicate.shape[:-1], np.nan)
-    return np.asarray(by_replicate.std(axis=-1, ddof=1) / math.sqrt(replicates))
 
 
 @dataclass(frozen=True)

@@ -210,13 +210,14 @@ def _rounds(job: Job, key: str, finished: Path) -> list[Part]:
         paths = [job.run.path / "units" / f"{number:02d}-{i:06d}.safetensors" for i in range(len(units))]
         measure_units(job, scorer, units, paths, key, finished, show, before)
         try:
-            parts += _merged([part for path in paths for part in read_parts(path, key)])
+            new = _merged([part for path in paths for part in read_parts(path, key)])
         except UserError:
             if finished.exists():  # another process has made it meanwhile, and cleared up
                 return []
             raise
-        for part in parts:
+        for part in new:
             check_finite(job, part)
+        parts += new
         before, number = before + len(units), number + 1
         units = next_units(job, parts) if s.top else []
     return parts
