@@ -112,15 +112,10 @@ class _Loop:
     """AdamW with a warm-up and a cosine to zero; its state can be kept and taken up again."""
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], out: Path, key: str, steps: int, lr: float
+        self, parameters: Mapping[str, nn.Parameter], path: Path, key: str, steps: int, lr: float
     ) -> None:
-        self.parameters, self.path, self.key, self.steps, self.lr = (
-            dict(parameters),
-            out / _STATE,
-            key,
-            steps,
-            lr,
-        )
+        self.parameters, self.path, self.key = dict(parameters), path, key
+        self.steps, self.lr = steps, lr
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0
         )
@@ -173,30 +168,26 @@ class _Loop:
                     self.optimizer.state[p] = {"step": torch.tensor(float(step)), **moments}
         return step, [float(x) for x in meta["recent"]]
 
-    def done(self) -> None:
-        """Drop the state: the model is written."""
-        self.path.unlink(missing_ok=True)
 
-
-def train_diffusion(
-    config: Mapping[str, Any], tracks: Tracks, out: Path, steps: int, autoencoder: Autoencoder | None = None,
+def fit_diffusion(
+    config: Mapping[str, Any], tracks: Tracks, state: Path, steps: int, autoencoder: Autoencoder | None = None,
     batch: int = 16, lr: float = 1e-3, seed: int = 0, progress: Progress | None = None,
-) -> float:  # fmt: skip
-    """Train a stable-audio-tools diffusion model on latents, without masking, and write its folder.
+) -> tuple[Any, float]:  # fmt: skip
+    """Train a stable-audio-tools diffusion model on latents, without masking.
 
     Args:
         config: model config.
         tracks: latents with conditioning.
-        out: model folder; training resumes there.
+        state: file of the training so far, which a killed training goes on from; the caller removes it once the model is kept.
         steps: optimiser steps.
-        autoencoder: its weights go into the model folder.
+        autoencoder: takes the place of the model's own.
         batch: tracks a step.
         lr: peak learning rate.
         seed: of order, draws and initial weights.
         progress: called with (steps done, steps).
 
     Returns:
-        Mean loss of the last tenth of the steps.
+        The ``ConditionedDiffusionModelWrapper``, and the mean loss of the last tenth of the steps.
 
     Raises:
         UserError: tracks that the model cannot take, or a training that diverges.
@@ -230,19 +221,50 @@ def train_diffusion(
         )  # fmt: skip
         return (predicted - kernels.v_target(x, e, t, wrapper.diffusion_objective)).square().mean()
 
-    trained = {
+    key = key_of(config, tracks.fingerprint, steps, batch, lr, seed)
+    loop = _Loop(trained_parameters(wrapper), state, key, steps, lr)
+    with quiet():
+        return wrapper, loop.run(loss_of_step, progress)
+
+
+def trained_parameters(wrapper: Any) -> dict[str, nn.Parameter]:
+    """Denoiser and conditioners, by their names in the wrapper: everything but the autoencoder."""
+    return {
         n: p for n, p in wrapper.named_parameters() if not n.startswith("pretransform.") and p.requires_grad
     }
-    key = key_of(config, tracks.fingerprint, steps, batch, lr, seed)
-    loop = _Loop(trained, out, key, steps, lr)
-    with quiet():
-        loss = loop.run(loss_of_step, progress)
+
+
+def train_diffusion(
+    config: Mapping[str, Any], tracks: Tracks, out: Path, steps: int, autoencoder: Autoencoder | None = None,
+    batch: int = 16, lr: float = 1e-3, seed: int = 0, progress: Progress | None = None,
+) -> float:  # fmt: skip
+    """:func:`fit_diffusion`, and write the model's folder; the training resumes there.
+
+    Args:
+        config: as there, like the arguments that follow.
+        tracks: likewise.
+        out: model folder.
+        steps: likewise.
+        autoencoder: its weights go into the model folder.
+        batch: likewise.
+        lr: likewise.
+        seed: likewise.
+        progress: likewise.
+
+    Returns:
+        Mean loss of the last tenth of the steps.
+
+    Raises:
+        UserError: tracks that the model cannot take, or a training that diverges.
+    """
+    state = out / _STATE
+    wrapper, loss = fit_diffusion(config, tracks, state, steps, autoencoder, batch, lr, seed, progress)
     save_model(wrapper, config, out)
     write_json(
         out / "training.json",
         {"steps": steps, "batch": batch, "lr": lr, "seed": seed, "loss": loss, "data": tracks.fingerprint},
     )
-    loop.done()
+    state.unlink(missing_ok=True)  # the model is written
     return loss
 
 
