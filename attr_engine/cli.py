@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attr_engine import cli_options, cli_rollup
+from attr_engine import cli_judge, cli_options, cli_rollup
 from attr_engine.errors import UserError, printable
 
 if TYPE_CHECKING:
@@ -303,7 +303,8 @@ def _doctor(args: argparse.Namespace) -> None:
 _COMMANDS: dict[str, Any] = {
     "ingest": _ingest, "shards": _shards, "train": _train, "generate": _generate, "index": _index, "search": _search,
     "fisher": _run, "unlearn": _run,
-    "score": _run, "attribute": _run, "report": _run, "rollup": cli_rollup.rollup, "demo": _demo, "doctor": _doctor,
+    "score": _run, "attribute": _run, "report": _run, "rollup": cli_rollup.rollup,
+    "retrain": cli_judge.retrain, "evaluate": cli_judge.evaluate, "demo": _demo, "doctor": _doctor,
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from attr_engine import cli_index
 from attr_engine.cli_index import add_command
+from attr_engine.cli_judge import add_judges
 from attr_engine.cli_rollup import add_rollup
 from attr_engine.errors import printable
 from attr_engine.settings import Settings, field_types, from_json, read_settings, to_json
@@ -276,6 +277,7 @@ def parser() -> argparse.ArgumentParser:
                                 "behind; as text or JSON")  # fmt: skip
         _add_settings(p)
     add_rollup(commands, add_command)
+    add_judges(commands, add_command)
     p = add_command(
         commands,
         "demo",
