@@ -5,6 +5,7 @@ METHOD section 1. The square is taken per (track, draw), not after averaging.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from attr_engine.diffusion import DrawPlan, Noised, noised_rows, work_dtype
+from attr_engine import kernels
+from attr_engine.diffusion import DrawPlan, Noised, RowFunction, losses, noised_rows, work_dtype
 from attr_engine.errors import Cancelled, UserError
 from attr_engine.latents.batch import Tracks, check_tracks
 from attr_engine.models.protocol import Denoiser, select_parameters
@@ -22,6 +24,16 @@ from attr_engine.tensorfile import load_tensors, save_tensors
 
 _SECONDS_BETWEEN_CHECKPOINTS = 20.0
 UNITS = 16
+
+
+def check_damping(damping: float) -> None:
+    """Refuse a damping that nothing can be divided by.
+
+    Raises:
+        UserError: it is negative, infinite or NaN.
+    """
+    if not 0.0 <= damping < math.inf:
+        raise UserError(f"damping is {damping}: it cannot be negative, infinite or NaN")
 
 
 @dataclass(frozen=True)
@@ -44,6 +56,42 @@ class Fisher:
         total = sum(float(v.double().sum()) for v in self.values.values())
         return total / sum(v.numel() for v in self.values.values())
 
+    def shapes(self) -> dict[str, torch.Size]:
+        """Of the parameters that it was fitted for, by name."""
+        return {name: value.shape for name, value in self.values.items()}
+
+    def precondition(self, gradient: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
+        """``(F + damping * mean F)^-1 gradient`` (METHOD section 1).
+
+        Args:
+            gradient: parameter name to a tensor in the parameter's shape; of all parameters, or of some of them.
+            damping: relative to the mean of the Fisher over all parameters of the group.
+
+        Returns:
+            The direction, by name in the order of ``gradient``: float32, or float64 for a float64 gradient, on its device.
+
+        Raises:
+            UserError: an unusable damping, a gradient of another model, or a division by 0.
+        """
+        absolute = self._absolute(damping)
+        check_fits(self.shapes(), gradient)
+        direction = {}
+        for name, g in gradient.items():
+            value = self.values[name].to(device=g.device, dtype=torch.promote_types(g.dtype, torch.float32))
+            direction[name] = kernels.precondition_(torch.zeros_like(value), g, value, absolute, 1.0)
+        return direction
+
+    def _absolute(self, damping: float) -> float:
+        check_damping(damping)
+        absolute = damping * self.mean()
+        if absolute == 0.0:
+            zero = [name for name, value in self.values.items() if not bool((value > 0).all())]
+            if zero:
+                raise UserError(
+                    f"without damping the update divides by the zero Fisher of {zero[0]}: set --damping above 0"
+                )
+        return absolute
+
     def save(self, path: Path, key: str) -> None:
         """Write to safetensors, under a key that :meth:`load` checks."""
         save_tensors(path, self.values, {"key": key, "pairs": self.pairs, "unused": list(self.unused)})
@@ -57,6 +105,20 @@ class Fisher:
         """
         values, meta = load_tensors(path, key)
         return Fisher(values, int(meta["pairs"]), tuple(meta["unused"]))
+
+
+def check_fits(shapes: Mapping[str, torch.Size], gradient: Mapping[str, Tensor]) -> None:
+    """Refuse the gradient of a parameter that a curvature was not fitted for.
+
+    Raises:
+        UserError: names the parameter.
+    """
+    for name, g in gradient.items():
+        if shapes.get(name) != g.shape:
+            raise UserError(
+                f"the gradient of {name!r}, of shape {list(g.shape)}, does not fit the curvature: it is of another model, "
+                "or was fitted for other layers"
+            )
 
 
 @dataclass(frozen=True)
@@ -92,7 +154,9 @@ def fisher_units(tracks: int, settings: FisherSettings) -> list[range]:
     return [range(first, min(first + size, tracks)) for first in range(0, tracks, size)]
 
 
-def check_fisher(model: Denoiser, tracks: Tracks, settings: FisherSettings) -> None:
+def check_fisher(
+    model: Denoiser, tracks: Tracks, settings: FisherSettings, function: RowFunction = losses
+) -> None:
     """Refuse what cannot be fitted, and compare the gradients of the first rows with those of single rows.
 
     Raises:
@@ -108,8 +172,8 @@ def check_fisher(model: Denoiser, tracks: Tracks, settings: FisherSettings) -> N
     s.plan.check(s.draws, "the number of Fisher draws")
     parameters = select_parameters(model, s.layers)
     if s.gradients == "batch":
-        make, every = _pass(model, tracks, range(min(s.step, len(tracks))), s)
-        check_against_loop(model, parameters, make, every[: max(2, min(4, s.rows))])
+        make, every = fisher_pass(model, tracks, range(min(s.step, len(tracks))), s)
+        check_against_loop(model, parameters, make, every[: max(2, min(4, s.rows))], function)
 
 
 def sum_unit(
@@ -146,7 +210,7 @@ def sum_unit(
     saved = time.monotonic()
     for first in range(done, len(unit), s.step):
         here = unit[first : first + s.step]
-        make, every = _pass(model, tracks, here, s)
+        make, every = fisher_pass(model, tracks, here, s)
         for k in range(0, len(every), s.rows):
             used |= SQUARES[s.gradients](model, parameters, make, every[k : k + s.rows], total)
         done = first + len(here)
@@ -231,7 +295,7 @@ def fit_fisher(
     return combine(sums(), total * draws)
 
 
-def _pass(
+def fisher_pass(
     model: Denoiser, tracks: Tracks, indices: range, settings: FisherSettings
 ) -> tuple[Make, list[tuple[int, int]]]:
     """What makes noised rows of some tracks, and all their (track, draw) pairs."""

@@ -7,21 +7,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from attr_engine import kernels
 from attr_engine.diffusion import DrawPlan, RowFunction, losses, noised_rows, work_dtype
 from attr_engine.errors import UserError
-from attr_engine.fisher import Fisher
+from attr_engine.fisher import check_damping
 from attr_engine.latents.batch import Batch, Tracks, check_tracks
 from attr_engine.models.protocol import Denoiser
 from attr_engine.persample import summed_gradient
 from attr_engine.updates import Update, applied
 
 _TRACKS = 64  # of a group that are in memory at a time
+
+
+class Curvature(Protocol):
+    """What turns a gradient into the direction of an update: :class:`attr_engine.fisher.Fisher`, or another with its methods."""
+
+    def shapes(self) -> Mapping[str, torch.Size]:
+        """Shape of every parameter that is updated, by name."""
+        ...
+
+    def precondition(self, gradient: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
+        """``(H + damping * unit)^-1 gradient`` in the names and shapes of ``gradient``; the curvature says what its unit is."""
+        ...
 
 
 def query_gradient(
@@ -86,26 +97,14 @@ def check_settings(strength: float, unit: str, steps: int, damping: float) -> No
         raise UserError(
             f"strength {strength} in unit {unit!r} with {steps} steps: use a positive strength, 'size' or 'lr', at least 1 step"
         )
-    if not 0.0 <= damping < math.inf:
-        raise UserError(f"damping is {damping}: it cannot be negative, infinite or NaN")
-
-
-def _absolute_damping(fisher: Fisher, damping: float) -> float:
-    absolute = damping * fisher.mean()
-    if absolute == 0.0:
-        zero = [name for name, value in fisher.values.items() if not bool((value > 0).all())]
-        if zero:
-            raise UserError(
-                f"without damping the update divides by the zero Fisher of {zero[0]}: set --damping above 0"
-            )
-    return absolute
+    check_damping(damping)
 
 
 def unlearn_query(
     model: Denoiser,
     queries: Tracks,
     index: int | Sequence[int],
-    fisher: Fisher,
+    fisher: Curvature,
     plan: DrawPlan,
     training_tracks: int,
     strength: float = 1e-2,
@@ -125,7 +124,7 @@ def unlearn_query(
         model: theta_0; unchanged on return.
         queries: the set that holds the query.
         index: its index there; or several, which are unlearned jointly: the mean of their losses is raised.
-        fisher: the diagonal Fisher of the layer group that is updated.
+        fisher: the diagonal Fisher of the layer group that is updated, or another curvature of it.
         plan: draw plan; the purpose is ``update``, step k uses draws ``k * draws`` and on.
         training_tracks: N of the formula.
         strength: with ``unit="lr"`` the paper's learning rate; with ``unit="size"`` the norm of the
@@ -133,7 +132,7 @@ def unlearn_query(
         unit: ``"size"`` or ``"lr"``.
         steps: how many updates, each with a gradient of its own.
         draws: draws a step, a multiple of the plan's replicates.
-        damping: relative to the mean of the Fisher over all parameters of the group.
+        damping: relative to the mean of the Fisher over all parameters of the group; of another curvature, see there.
         masked: M_U, whether only valid frames of the query count.
         rows: draws a backward pass (memory; not part of the result's definition).
         first_gradient: what :func:`query_gradient` gives at theta_0, where it is known already: it is
@@ -148,15 +147,15 @@ def unlearn_query(
     check_tracks(queries, model.channels, model.frames, "query")
     plan.check(draws, "the number of update draws")
     check_settings(strength, unit, steps, damping)
-    parameters = {n: p for n, p in model.module.named_parameters() if n in fisher.values}
-    strange = [n for n, v in fisher.values.items() if n not in parameters or v.shape != parameters[n].shape]
+    shapes = fisher.shapes()
+    parameters = {n: p for n, p in model.module.named_parameters() if n in shapes}
+    strange = [n for n, shape in shapes.items() if n not in parameters or shape != parameters[n].shape]
     if strange:
         raise UserError(f"the Fisher is of another model: its {strange[0]!r} does not fit this one")
-    values = {n: fisher.values[n].to(device=p.device, dtype=work_dtype(model)) for n, p in parameters.items()}
-    absolute, weight_norm = _absolute_damping(fisher, damping), _norm(parameters)
+    weight_norm = _norm(parameters)
     indices = [index] if isinstance(index, int) else list(index)
     name = queries.ids[indices[0]]
-    delta = {n: torch.zeros_like(v) for n, v in values.items()}
+    delta = {n: torch.zeros_like(p, dtype=work_dtype(model)) for n, p in parameters.items()}
     first_lr = 0.0
     for k in range(steps):
         if k == 0 and first_gradient is not None:
@@ -167,14 +166,11 @@ def unlearn_query(
                 gradient = group_gradient(
                     model, parameters, queries, indices, fresh, plan, masked, rows, function, tick
                 )
-        direction = {
-            n: kernels.precondition_(torch.zeros_like(values[n]), g, values[n], absolute, 1.0)
-            for n, g in gradient.items()
-        }
+        direction = fisher.precondition(gradient, damping)
         length = _norm(direction)
         if not 0.0 < length < float("inf"):
             raise UserError(
-                f"the gradient of query {name!r} has norm {length}: the layers {list(values)[:1]}... do not see it, or it holds NaN"
+                f"the gradient of query {name!r} has norm {length}: the layers {list(delta)[:1]}... do not see it, or it holds NaN"
             )
         lr = strength if unit == "lr" else strength / steps * weight_norm * training_tracks / length
         first_lr = first_lr or lr

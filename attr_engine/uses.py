@@ -232,6 +232,7 @@ class Uses(TorchFunctionMode):
         whole = [x.gradient(shape) if isinstance(x, Factors) else x for x in found]
         self._sink(name, whole[0] if len(whole) == 1 else torch.stack(whole).sum(dim=0))
 
+    @torch.no_grad()  # as in the backward pass: factors hold inputs that belong to the graph
     def finish(self) -> set[str]:
         """Pass on what is left, and say which parameters were used."""
         for name, leaf in self._leaves.items():
