@@ -12,7 +12,7 @@ import os
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
@@ -299,19 +299,24 @@ def _path(out: Path, item: Item) -> Path:
     return out / FOLDERS[item.role] / f"{item.id}.flac"
 
 
-def _write(items: list[Item], out: Path, sample_rate: int) -> int:
-    """Write the files of items that may share songs, and say how many there are."""
+def write_flac(path: Path, audio: np.ndarray, sample_rate: int) -> None:
+    """Write audio ``[samples]`` of at most full scale as 16 bits, whole or not at all."""
     import soundfile
 
+    # Another process may be writing the same corpus.
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    samples = np.round(audio * 32767).astype(np.int16)
+    soundfile.write(part, samples, sample_rate, format="FLAC", subtype="PCM_16")
+    os.replace(part, path)
+
+
+def _write(items: list[Item], out: Path, sample_rate: int) -> int:
+    """Write the files of items that may share songs, and say how many there are."""
     played: dict[Song, np.ndarray] = {}
     for item in items:
         path = _path(out, item)
         if not path.exists():
-            # Another process may be writing the same corpus.
-            part = path.with_name(f"{path.name}.{os.getpid()}.part")
-            samples = np.round(sound(item, sample_rate, played) * 32767).astype(np.int16)
-            soundfile.write(part, samples, sample_rate, format="FLAC", subtype="PCM_16")
-            os.replace(part, path)
+            write_flac(path, sound(item, sample_rate, played), sample_rate)
     return len(items)
 
 
@@ -333,11 +338,11 @@ def _write_all(batches: list[list[Item]], out: Path, sample_rate: int, workers: 
         yield _write(batch, out, sample_rate)
 
 
-def _write_table(path: Path, items: list[Item]) -> None:
+def _write_table(path: Path, items: Iterable[Item], columns: Sequence[str] = COLUMNS) -> None:
     """Write the metadata of a folder."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     with part.open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        table = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         table.writeheader()
         for item in items:
             ids = {"lead_id": INSTRUMENTS.index(item.lead), "style_id": list(STYLES).index(item.style)}

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from attr_engine.demo.compose import DRUMS, HAT, KICK, OPEN_HAT, RIM, SHAKER, SNARE, TOM, Song
+from attr_engine.perturb import MP3_RATES, recode
 
 PEAK = 10 ** (-1 / 20)  # -1 dBFS
 TOP = 0.46  # the highest partial, as a share of the sample rate: a little under Nyquist
 TABLE = 8192
-MP3_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 LEVELS = {"lead": 1.0, "comp": 0.5, "bass": 0.75, "pad": 0.33, DRUMS: 0.6}
 SENDS = {"lead": 1.0, "comp": 0.8, "bass": 0.15, "pad": 1.0, DRUMS: 0.35}  # how much reaches the room
 
@@ -380,20 +379,5 @@ def degrade(audio: np.ndarray, signal_to_noise: float, seed: int) -> np.ndarray:
 
 def transcode(audio: np.ndarray, sample_rate: int, codec: str, level: float) -> np.ndarray:
     """Send audio through MP3 or OGG at a compression level from 0 to 1, back at the same length and place."""
-    import soundfile
-
     codec = codec if sample_rate in MP3_RATES else "OGG"
-    packed = io.BytesIO()
-    options = {"format": codec, "subtype": {"MP3": "MPEG_LAYER_III", "OGG": "VORBIS"}[codec]}
-    with soundfile.SoundFile(packed, "w", sample_rate, 1, compression_level=level, **options) as file:
-        # libsndfile's Vorbis encoder overflows its stack on long blocks.
-        for start in range(0, len(audio), sample_rate):
-            file.write(audio[start : start + sample_rate])
-    packed.seek(0)
-    heard = soundfile.read(packed, dtype="float64")[0]
-    size = 1 << (len(audio) + len(heard)).bit_length()
-    match = np.fft.irfft(np.fft.rfft(heard, size) * np.conj(np.fft.rfft(audio, size)), size)
-    delay = int(np.argmax(match[:4096]))  # of encoders that do not say how much they padded
-    back = np.zeros(len(audio))
-    back[: len(heard) - delay] = heard[delay : delay + len(audio)]
-    return normalise(back).astype(np.float32)
+    return normalise(recode(audio[None], sample_rate, codec, level)[0]).astype(np.float32)

@@ -87,12 +87,23 @@ class _Cut:
         return windows(samples, longest, step, min(rate, longest))
 
     def encode(self, audio: np.ndarray) -> Tensor:
-        """Latent ``[C, n]`` of one window: encoded with silence after its end, then trimmed."""
-        size = self.encoder.samples_per_frame
-        n = math.ceil(audio.shape[1] / size)
-        padded = np.zeros((audio.shape[0], min(n + _CONTEXT, max(n, self.frames)) * size), dtype=np.float32)
-        padded[:, : audio.shape[1]] = audio
-        return self.encoder.encode(torch.from_numpy(padded)[None])[0, :, :n].cpu().to(DTYPES[self.dtype])
+        """Latent ``[C, n]`` of one window, as stored."""
+        return encode_piece(self.encoder, audio, self.frames).to(DTYPES[self.dtype])
+
+
+def encode_piece(encoder: Encoder, audio: np.ndarray, frames: int) -> Tensor:
+    """Latent ``[C, n]`` on the CPU of audio ``[channels, samples]``: encoded with silence after its end, then trimmed.
+
+    Args:
+        encoder: autoencoder; the latent is its mean.
+        audio: float32, at the encoder's rate.
+        frames: longest piece in frames (the model's).
+    """
+    size = encoder.samples_per_frame
+    n = math.ceil(audio.shape[1] / size)
+    padded = np.zeros((audio.shape[0], min(n + _CONTEXT, max(n, frames)) * size), dtype=np.float32)
+    padded[:, : audio.shape[1]] = audio
+    return encoder.encode(torch.from_numpy(padded)[None])[0, :, :n].cpu()
 
 
 def silence_latent(encoder: Encoder) -> np.ndarray:
@@ -159,7 +170,7 @@ def ingest_audio(
         "frames": frames, "hop": hop, "long": long, "condition": list(condition), "store_dtype": dtype, "kind": kind,
     }  # fmt: skip
     cut, count = _Cut(encoder, frames, long, hop, dtype), 0
-    with LatentWriter(out, padding=_padding(out, encoder), extra=extra, append=append) as writer:
+    with LatentWriter(out, padding=padding_of(out, encoder), extra=extra, append=append) as writer:
         todo = [file for file in files if not (writer.has(file.id) or writer.has(f"{file.id}#000"))]
         done = len(files) - len(todo)
         if progress is not None and done:
@@ -202,7 +213,7 @@ def id_of(row: Mapping[str, Any], name: str) -> str:
     return name if row.get("id") in (None, "") else str(row["id"])
 
 
-def _padding(out: Path, encoder: Encoder) -> np.ndarray:
+def padding_of(out: Path, encoder: Encoder) -> np.ndarray:
     """The padding of the shards that are there, else the latent of silence.
 
     With another number of threads the same encoder may round it otherwise; that the encoder is the same is checked
