@@ -2,38 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 import numpy as np
 import torch
 
 from attr_engine.errors import UserError
 from attr_engine.index import Index
 from attr_engine.jobs import Job, Query
-from attr_engine.latents.batch import Batch, Tracks
+from attr_engine.latents.batch import Chosen
 from attr_engine.runs import LOCKS, key_of
 from attr_engine.tensorfile import load_tensors, save_tensors
 from attr_engine.units import once
 
 CANDIDATES = "candidates.safetensors"
-
-
-class _Selection:
-    """Some tracks of a set, as a set (:class:`attr_engine.latents.batch.Tracks`)."""
-
-    def __init__(self, tracks: Tracks, indices: Sequence[int]) -> None:
-        self._tracks, self._indices = tracks, list(indices)
-        self.ids = [tracks.ids[i] for i in self._indices]
-        self.channels, self.lengths = tracks.channels, tracks.lengths[self._indices]
-        self.info: list[Mapping[str, Any]] = [tracks.info[i] for i in self._indices]
-        self.fingerprint = key_of(tracks.fingerprint, self._indices)
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def batch(self, indices: Sequence[int], frames: int) -> Batch:
-        return self._tracks.batch([self._indices[i] for i in indices], frames)
 
 
 def index_key(job: Job) -> str:
@@ -68,7 +48,7 @@ def _search(job: Job) -> torch.Tensor:
     for i, query in enumerate(job.queries):
         by_set.setdefault(id(query.tracks), []).append((i, query))
     for some in by_set.values():
-        queries = _Selection(some[0][1].tracks, [query.index for _, query in some])
+        queries = Chosen(some[0][1].tracks, [query.index for _, query in some])
         found = index.candidates(job.model, queries, job.run.settings.rescore)
         out |= {i: row for (i, _), row in zip(some, found, strict=True)}
     return torch.from_numpy(np.stack([out[i] for i in range(len(job.queries))]))

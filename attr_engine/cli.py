@@ -274,7 +274,7 @@ def _dry_run(args: argparse.Namespace, settings: Settings, first: bool) -> None:
     from attr_engine.estimate import STAGES, estimate, mirrored
     from attr_engine.load import load_job
 
-    until = STAGES.index(args.command) + 1 if args.command in STAGES else len(STAGES)
+    until = STAGES.index(args.command) + 1 if args.command in ("fisher", "unlearn") else len(STAGES)
     with mirrored(args.out, settings, bars=True) as run:
         found = estimate(load_job(run), STAGES[:until])
     if first:

@@ -17,20 +17,23 @@ import torch
 
 from attr_engine.errors import UserError
 from attr_engine.fisher import FisherSettings, fisher_units
-from attr_engine.jobs import Job, Work, fisher_work, make_job, score_work, unit_sizes, update_work
+from attr_engine.index_store import META
+from attr_engine.jobs import Job, Work, fisher_work, make_job, ridge_work, score_work, unit_sizes, update_work
 from attr_engine.latents.batch import Tracks
 from attr_engine.latents.manifest import MANIFEST
 from attr_engine.models.protocol import Denoiser
 from attr_engine.pipeline import FISHER, check_all
 from attr_engine.probe import Probe
 from attr_engine.progress import clock_time
+from attr_engine.ridge import SCORES, index_folder, index_settings
 from attr_engine.runs import LOCKS, Run, check_same
+from attr_engine.score import RIDGE
 from attr_engine.scoring import EFFECTS
 from attr_engine.settings import Settings
 from attr_engine.tensorfile import load_meta
 from attr_engine.units import workers
 
-STAGES = ("fisher", "unlearn", "score")
+STAGES = ("fisher", "unlearn", "score", "ridge")
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class StageEstimate:
     """What is left of a stage.
 
     Attributes:
-        name: ``"fisher"``, ``"unlearn"`` or ``"score"``.
+        name: one of :data:`STAGES`.
         work: what it still does, by all processes.
         seconds: from the (least, mean, most) of the probe's repetitions, with all processes working side by side.
         memory_bytes: of tensors on the device, the model's included, at the stage's peak, in each process.
@@ -132,10 +135,18 @@ def _span(seconds: tuple[float, float, float]) -> str:
     return f"{middle} ({low} to {high})"
 
 
+def stages_of(job: Job) -> tuple[str, ...]:
+    """The stages that the score functions need."""
+    unlearning = STAGES[:3] if job.measured else ()
+    return (*unlearning, "ridge") if RIDGE in job.run.settings.functions else unlearning
+
+
 def left_of(job: Job, stages: Sequence[str] = STAGES) -> dict[str, Work]:
     """What the stages of a job still have to do: what is in its run directory is done."""
     s, path, n = job.run.settings, job.run.path, len(job.tracks)
-    left = dict.fromkeys(stages, Work())
+    left = {name: Work() for name in stages_of(job) if name in stages}
+    if "ridge" in left and not (path / SCORES).exists():
+        left["ridge"] = ridge_work(job, 0 if (index_folder(job) / META).exists() else n)
     if (path / EFFECTS).exists() and (path / FISHER).exists():
         return left
     if "fisher" in left and not (path / FISHER).exists():
@@ -172,6 +183,9 @@ def _disk(job: Job, stage: str, work: Work, group: int) -> tuple[int, int]:
             len(job.tracks), FisherSettings(s.layers, job.plan, s.fisher_draws, rows=job.rows)
         )
         return (len(units) + 1) * group, group
+    if stage == "ridge":  # units of float32 numbers beside the rows that are kept
+        rows = len(job.tracks) * index_settings(job).width
+        return 14 * rows, 2 * rows
     if stage == "unlearn":
         return work.written * group, work.written * group
     updates = len(job.queries) * len(s.strengths)

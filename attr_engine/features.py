@@ -133,6 +133,7 @@ def track_features(
     function: str = "squared_norm",
     rows: int = 16,
     averaging: str = "unit",
+    replicates: int = 1,
 ) -> Tensor:
     """Projected gradients of tracks, the mean over their draws.
 
@@ -148,9 +149,10 @@ def track_features(
         function: name in :data:`attr_engine.diffusion.ROW_FUNCTIONS`.
         rows: (track, draw) pairs a backward pass.
         averaging: ``"unit"``: a draw's projected gradient has length 1 before the mean; ``"plain"``.
+        replicates: R; draw d is of replicate ``d % R``, and each replicate has a mean of its own.
 
     Returns:
-        ``[N, width]`` on the CPU, float32 (float64 for a float64 model).
+        ``[N, width]`` on the CPU, float32 (float64 for a float64 model); ``[N, R, width]`` where R is above 1.
 
     Raises:
         UserError: an unusable number of draws, an unknown function or averaging, or a parameter that is not covered.
@@ -169,4 +171,5 @@ def track_features(
     if averaging == "unit":
         length = each.double().norm(dim=1, keepdim=True)  # squares of large gradients are beyond float32
         each = (each / length.clamp_min(1e-300)).to(each.dtype)
-    return each.reshape(len(batch.ids), draws, -1).mean(dim=1)
+    means = each.reshape(len(batch.ids), draws // replicates, replicates, -1).mean(dim=1)
+    return means[:, 0] if replicates == 1 else means

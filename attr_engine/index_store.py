@@ -129,12 +129,18 @@ class Maker:
         make = partial(noised_rows, self.model, batch, plan=s.draw_plan, purpose="score", masked=s.masked)
         check_against_loop(self.model, self.parameters, make, pairs, ROW_FUNCTIONS[s.function])
 
-    def __call__(self, tracks: Tracks, indices: Sequence[int], purpose: Any) -> Tensor:
-        """Features ``[len(indices), width]``, in the work dtype."""
+    def __call__(
+        self, tracks: Tracks, indices: Sequence[int], purpose: Any, draws: int = 0, masked: bool | None = None, replicates: int = 1
+    ) -> Tensor:  # fmt: skip
+        """Features ``[len(indices), width]``, or ``[len(indices), replicates, width]`` of several, in the work dtype.
+
+        Draws and mask are those of the index where nothing else is said.
+        """
         s = self.settings
+        masked = s.masked if masked is None else masked
         return track_features(
-            self.model, self.parameters, tracks.batch(indices, self.model.frames), s.draw_plan, purpose, s.draws,
-            s.masked, self._projector, s.function, s.rows, s.averaging,
+            self.model, self.parameters, tracks.batch(indices, self.model.frames), s.draw_plan, purpose, draws or s.draws,
+            masked, self._projector, s.function, s.rows, s.averaging, replicates,
         )  # fmt: skip
 
 
@@ -240,8 +246,25 @@ class Index:
         found *= length.numpy()
         return found
 
-    def query_features(self, model: Denoiser, queries: Tracks) -> Tensor:
-        """Features of queries, ``[Q, numbers of a feature]``, by draws of the purpose ``update``.
+    def query_features(
+        self,
+        model: Denoiser,
+        queries: Tracks,
+        draws: int = 0,
+        masked: bool | None = None,
+        replicates: int = 1,
+    ) -> Tensor:
+        """Features of queries, by draws of the purpose ``update``.
+
+        Args:
+            model: the model of the index.
+            queries: Q of them.
+            draws: default as many as a track of the index has.
+            masked: whether only valid frames count; default as for its tracks.
+            replicates: how many means over a part of the draws.
+
+        Returns:
+            ``[Q, numbers of a feature]`` float64, or ``[Q, replicates, numbers of a feature]``.
 
         Raises:
             UserError: the model is not the index's, or a query cannot be used.
@@ -253,7 +276,9 @@ class Index:
         parts = []
         for first in range(0, len(names), _QUERIES):
             some = range(first, min(first + _QUERIES, len(names)))
-            parts.append(finite(maker(queries, some, "update"), names[first : some.stop], False))
+            found = maker(queries, some, "update", draws, masked, replicates)
+            finite(found.flatten(1), names[first : some.stop], False)
+            parts.append(found.double())
         return torch.cat(parts)
 
     def search(self, model: Denoiser, queries: Tracks) -> np.ndarray:

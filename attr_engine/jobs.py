@@ -19,8 +19,8 @@ from attr_engine.models.checkpoint import read_json
 from attr_engine.models.protocol import Denoiser, select_parameters
 from attr_engine.persample import SQUARES
 from attr_engine.runs import LOCKS, Run, key_of
-from attr_engine.score import FIRST_ORDER, score_function
-from attr_engine.settings import to_json
+from attr_engine.score import FIRST_ORDER, RIDGE, score_function
+from attr_engine.settings import Settings, to_json
 from attr_engine.units import held
 from attr_engine.unlearn import check_settings
 
@@ -118,15 +118,20 @@ class Job:
         )
 
     @property
+    def measured(self) -> tuple[str, ...]:
+        """The score functions that are measured under updates."""
+        return tuple(name for name in self.run.settings.functions if name != RIDGE)
+
+    @property
     def first_order(self) -> tuple[str, ...]:
         """Whose gradients the tracks' scores to first order take, each once."""
-        named = (FIRST_ORDER[name] for name in self.run.settings.functions if name in FIRST_ORDER)
+        named = (FIRST_ORDER[name] for name in self.measured if name in FIRST_ORDER)
         return tuple(dict.fromkeys(named))
 
     @property
     def needs_forward(self) -> bool:
         """Whether a score function needs forward passes under the updates."""
-        return bool(set(self.run.settings.functions) - set(FIRST_ORDER))
+        return bool(set(self.measured) - set(FIRST_ORDER))
 
     @property
     def row_functions(self) -> tuple[str, ...]:
@@ -256,8 +261,9 @@ def check(job: Job) -> None:
         raise UserError(
             "the model is in training mode, where dropout would differ from pass to pass: call .eval()"
         )
-    for name in s.functions:
+    for name in job.measured:
         score_function(name)
+    _check_ridge(s)
     if not s.functions or not s.strengths:
         raise UserError("name at least one score function and one strength")
     for strength in s.strengths:
@@ -295,6 +301,19 @@ def check(job: Job) -> None:
     if s.gradients not in SQUARES:
         raise UserError(f"gradients are {s.gradients!r}: use one of {', '.join(SQUARES)}")
     _ = job.rows  # with a bound on memory, whether anything fits is found out here
+
+
+def _check_ridge(s: Settings) -> None:
+    """Refuse what kernel ridge regression cannot do."""
+    if RIDGE not in s.functions:
+        return
+    if s.groups or s.top or s.index:
+        what = "--groups" if s.groups else "--top" if s.top else "--index"
+        raise UserError(
+            f"{what} is about what unlearning does, and ridge scores unlearn nothing: name other --functions, such as loss_change"
+        )
+    if not 0.0 < s.ridge < float("inf"):
+        raise UserError(f"ridge is {s.ridge}: it has to be above 0 and finite")
 
 
 @dataclass(frozen=True)
@@ -348,6 +367,12 @@ def score_work(job: Job, units: Sequence[int]) -> Work:
     return Work(n, forward, draws * len(job.first_order), read=read)
 
 
+def ridge_work(job: Job, tracks: int) -> Work:
+    """Of the features of some tracks, and of every query."""
+    s = job.run.settings
+    return Work(tracks, gradients=tracks * s.score_draws + len(job.queries) * s.update_draws)
+
+
 def unit_sizes(job: Job) -> list[int]:
     """Tracks in each unit of scoring; of a cascade the candidates of one query after the other."""
     s = job.run.settings
@@ -359,10 +384,16 @@ def unit_sizes(job: Job) -> list[int]:
 
 def plan_of(job: Job) -> str:
     """What the whole run costs, in passes through the model."""
-    made = [(query, len(job.made(function))) for query in job.queries for function in job.row_functions]
-    stages = (fisher_work(job, len(job.tracks)), update_work(job, made), score_work(job, unit_sizes(job)))
+    stages = [ridge_work(job, len(job.tracks))] if RIDGE in job.run.settings.functions else []
+    if job.measured:
+        made = [(query, len(job.made(function))) for query in job.queries for function in job.row_functions]
+        stages += [
+            fisher_work(job, len(job.tracks)),
+            update_work(job, made),
+            score_work(job, unit_sizes(job)),
+        ]
     return (
-        f"{len(job.queries)} queries, {job.updates} updates, {len(job.scored)} tracks: "
+        f"{len(job.queries)} queries, {job.updates if job.measured else 0} updates, {len(job.scored)} tracks: "
         f"{sum(w.gradients for w in stages)} gradients and {sum(w.forward for w in stages)} forward passes"
         f"{' at most' if job.run.settings.top else ''}, "
         f"{job.rows} rows a pass"

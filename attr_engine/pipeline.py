@@ -23,8 +23,9 @@ from attr_engine.models.protocol import Denoiser, select_parameters
 from attr_engine.monitor import Cancel, Progress
 from attr_engine.race import Part, Tally
 from attr_engine.result import Attribution, run_metadata
+from attr_engine.ridge import Solved, ridge_stage
 from attr_engine.runs import LOCKS, open_run
-from attr_engine.score import scores
+from attr_engine.score import RIDGE, scores
 from attr_engine.scoring import EFFECTS, score_stage
 from attr_engine.settings import Settings
 from attr_engine.tensorfile import load_tensors, save_tensors
@@ -154,24 +155,27 @@ def _comparable(tally: Tally, top: int) -> np.ndarray:
     return np.stack([tally.adjusted(u, top)[0] for u in range(len(tally.draws))])
 
 
-def finish(job: Job, parts: Sequence[Part]) -> Attribution:
-    """Turn effects into scores and write them as Parquet and CSV."""
+def finish(job: Job, parts: Sequence[Part], solved: Solved | None = None) -> Attribution:
+    """Turn effects into scores, put those of kernel ridge regression beside them, and write them as Parquet and CSV."""
     s, n = job.run.settings, len(job.scored)
     if len(parts) == 1 and len(parts[0].tracks) == n:
-        by_function = scores(parts[0].effects, s.functions, s.replicates)
+        by_function = scores(parts[0].effects, job.measured, s.replicates)
     else:
         shared = s.plan == "shared"
-        tallies = {name: Tally.of(parts, name, job.updates, n, s.replicates, shared) for name in s.functions}
+        tallies = {name: Tally.of(parts, name, job.updates, n, s.replicates, shared) for name in job.measured}
         by_function = {name: (_comparable(tally, s.top), tally.errors) for name, tally in tallies.items()}
-    base, draws = np.full(n, np.nan), np.zeros((job.updates, n), dtype=np.int64)
+    if solved is not None:
+        by_function[RIDGE] = (solved.scores, solved.errors)
+    base = np.full(n, np.nan)  # where only gradients were taken, no loss was measured
+    draws = np.full((job.updates, n), 0 if job.measured else s.score_draws, dtype=np.int64)
     for part in reversed(parts):  # of a track in several parts the first one tells
         base[part.tracks] = part.effects.base.mean(axis=-1)
         draws[np.ix_(np.asarray(part.updates), part.tracks)] += len(part.draws)
     result = Attribution(
         tracks=list(job.scored.ids),
         updates=job.named_updates,
-        values={name: value for name, (value, _) in by_function.items()},
-        errors={name: error for name, (_, error) in by_function.items()},
+        values={name: by_function[name][0] for name in s.functions},
+        errors={name: by_function[name][1] for name in s.functions},
         base=base,
         meta=run_metadata(job, fisher=job.key(*FISHER_SETTINGS)),
         draws=draws,
@@ -200,11 +204,14 @@ def check_all(job: Job) -> None:
 def run_job(job: Job) -> Attribution:
     """Run every stage that is not done yet."""
     check_all(job)
+    solved = ridge_stage(job) if RIDGE in job.run.settings.functions else None
+    if not job.measured:
+        return finish(job, [], solved)
     fisher = fisher_stage(job)
     finished = job.run.path / EFFECTS
     if not finished.exists():
         update_stage(job, fisher, finished)
-    return finish(job, score_stage(job))
+    return finish(job, score_stage(job), solved)
 
 
 def by_group(result: Attribution) -> Attribution:

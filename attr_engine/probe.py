@@ -14,6 +14,7 @@ from torch import Tensor
 
 from attr_engine import kernels
 from attr_engine.diffusion import ROW_FUNCTIONS, noised_rows, predict, row_losses, work_dtype
+from attr_engine.features import Projector, row_features
 from attr_engine.fisher import Fisher
 from attr_engine.influence import DIRECTION_BYTES, one_row_dots, row_dots
 from attr_engine.jobs import Job, Work
@@ -21,6 +22,7 @@ from attr_engine.latents.batch import Tracks
 from attr_engine.memory import passes, peak_bytes, weight_bytes
 from attr_engine.models.protocol import select_parameters
 from attr_engine.persample import SQUARES, summed_gradient
+from attr_engine.ridge import index_settings
 from attr_engine.unlearn import Update, applied, unlearn_query
 
 _TIMES, _LEAST_SECONDS, _MOST_SECONDS = (
@@ -28,7 +30,12 @@ _TIMES, _LEAST_SECONDS, _MOST_SECONDS = (
     0.3,
     10.0,
 )  # so often and so long at least; no longer, but once at least
-_PASSES = {"fisher": ("the Fisher",), "unlearn": ("unlearning",), "score": ("scoring", "influence")}
+_PASSES = {
+    "fisher": ("the Fisher",),
+    "unlearn": ("unlearning",),
+    "score": ("scoring", "influence"),
+    "ridge": ("the Fisher",),
+}
 
 
 @dataclass(frozen=True)
@@ -142,6 +149,17 @@ class Probe:
             share = work.gradients / len(job.first_order)
             seconds = seconds + share * self._dots(make, pairs, name)
         return np.asarray(seconds)
+
+    def ridge(self, work: Work) -> np.ndarray:
+        """Of the index and of asking it: projected gradients."""
+        make, pairs = self._rows(
+            "score", self.job.rows, self.s.score_draws, self.s.mask_score, self.job.tracks
+        )
+        settings, rows = index_settings(self.job), make()
+        projector = Projector(self.parameters, settings.projection, settings.rank, settings.seed)
+        function = ROW_FUNCTIONS[settings.function]
+        each = self._each(lambda: row_features(self.job.model, self.parameters, rows, projector, function))
+        return work.gradients * (each + self._each(make)) / len(pairs) + work.tracks * self.reading(16)
 
     def _read(self) -> None:
         """Read an update and apply it."""

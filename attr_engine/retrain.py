@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from attr_engine.diffusion import DrawPlan, losses, noised_rows
 from attr_engine.errors import UserError
 from attr_engine.files import writing_in
 from attr_engine.latents import LatentDataset
-from attr_engine.latents.batch import Batch, Tracks
+from attr_engine.latents.batch import Chosen, Tracks
 from attr_engine.models.stable_audio import StableAudioDenoiser, create_model, quiet
 from attr_engine.runs import key_of
 from attr_engine.tensorfile import load_tensors, save_tensors
@@ -89,45 +88,6 @@ def half_subsets(tracks: int, count: int, seed: int = 0) -> list[tuple[int, ...]
     ]
 
 
-class Some:
-    """Some tracks of a set, as a set."""
-
-    def __init__(self, tracks: Tracks, indices: Sequence[int]) -> None:
-        self._tracks, self._indices = tracks, list(indices)
-
-    @property
-    def ids(self) -> Sequence[str]:
-        """Ids of the chosen tracks."""
-        return [self._tracks.ids[i] for i in self._indices]
-
-    @property
-    def channels(self) -> int:
-        """C."""
-        return self._tracks.channels
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Valid frames."""
-        return self._tracks.lengths[self._indices]
-
-    @property
-    def info(self) -> Sequence[Mapping[str, Any]]:
-        """Metadata."""
-        return [self._tracks.info[i] for i in self._indices]
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Of the set and the choice."""
-        return key_of(self._tracks.fingerprint, self._indices)
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def batch(self, indices: Sequence[int], frames: int) -> Batch:
-        """Tracks by their places in this set."""
-        return self._tracks.batch([self._indices[i] for i in indices], frames)
-
-
 class Retrainer:
     """Trains, keeps and asks models of one recipe.
 
@@ -158,7 +118,7 @@ class Retrainer:
                 return
             state = self.folder / "partial" / f"{which.name}.safetensors"
             wrapper, loss = fit_diffusion(
-                self.config, Some(self.tracks, kept), state, recipe.steps, None, recipe.batch, recipe.lr, which.seed, progress
+                self.config, Chosen(self.tracks, kept), state, recipe.steps, None, recipe.batch, recipe.lr, which.seed, progress
             )  # fmt: skip
             save_tensors(path, _weights(wrapper), {"key": self._key_of(which), "loss": loss})
             state.unlink(missing_ok=True)

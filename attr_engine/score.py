@@ -63,6 +63,10 @@ FIRST_ORDER = {"influence": "loss", "norm_influence": "squared_norm"}
 """Score functions that need no forward pass under an update, and the function whose gradients they take."""
 
 
+RIDGE = "ridge"
+"""Kernel ridge regression in gradient space (:mod:`attr_engine.ridge`): a score that needs no update."""
+
+
 def score_function(name: str) -> ScoreFunction:
     """Look up a score function.
 
@@ -70,7 +74,7 @@ def score_function(name: str) -> ScoreFunction:
         UserError: unknown name.
     """
     if name not in SCORE_FUNCTIONS:
-        raise UserError(f"unknown score function {name!r}; known: {', '.join(SCORE_FUNCTIONS)}")
+        raise UserError(f"unknown score function {name!r}; known: {', '.join([RIDGE, *SCORE_FUNCTIONS])}")
     return SCORE_FUNCTIONS[name]
 
 

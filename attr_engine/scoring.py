@@ -168,9 +168,9 @@ def score_key(job: Job) -> str:
     s = job.run.settings
     queries: list[Any] = [(q.id, q.tracks.fingerprint, *q.members) for q in job.queries]
     queries += [] if job.pieces is None else [job.pieces.fingerprint]
-    leading = [s.functions[0]] if s.top else []
+    leading = [job.measured[0]] if s.top else []
     leading += [index_key(job), str(s.rescore)] if s.index else []
-    measured = [name in s.functions for name in FIRST_ORDER] if job.first_order else []
+    measured = [name in job.measured for name in FIRST_ORDER] if job.first_order else []
     names = ("strengths", "mask_score", "score_draws", "unit_tracks", *RACE_SETTINGS)
     return key_of(job.key(*UPDATE_SETTINGS, *names), job.way, job.needs_forward, queries, *measured, *leading)
 
@@ -255,7 +255,7 @@ def race_of(job: Job) -> Race:
 def next_units(job: Job, parts: Sequence[Part]) -> list[Unit]:
     """More draws for those tracks whose place in the top k is not decided."""
     s, race = job.run.settings, race_of(job)
-    tally = Tally.of(parts, s.functions[0], job.updates, len(job.scored), s.replicates, s.plan == "shared")
+    tally = Tally.of(parts, job.measured[0], job.updates, len(job.scored), s.replicates, s.plan == "shared")
     # A backward pass serves all updates; forward passes are made under one.
     alone = job.needs_forward or s.index
     together = [[u] for u in range(job.updates)] if alone else [list(range(job.updates))]

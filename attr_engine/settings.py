@@ -45,7 +45,8 @@ class Settings:
     )
     functions: tuple[str, ...] = _option(
         ("loss_change", "skew", "displacement"),
-        "score functions (loss_change, skew, displacement; to first order influence, norm_influence); the first one leads the report",
+        "score functions (loss_change, skew, displacement; to first order influence, norm_influence; without unlearning ridge); "
+        "the first one leads the report",
     )
     strengths: tuple[float, ...] = _option((1e-2,), "strengths of the update; the first one leads the report")
     strengths_by: str = _option(
@@ -62,6 +63,10 @@ class Settings:
     )
     steps: int = _option(1, "unlearning steps")
     damping: float = _option(0.1, "added to the Fisher, relative to its mean")
+    ridge: float = _option(
+        0.1,
+        "of the score function ridge: lambda, relative to the mean squared length of the tracks' gradients",
+    )
     mask_update: bool = _option(True, "M_U: only valid frames of the query are unlearned")
     mask_score: bool = _option(False, "M_L: only valid frames of the tracks are scored")
     mask_fisher: bool = _option(False, "only valid frames count in the Fisher")

@@ -9,8 +9,9 @@ import torch
 from attr_engine.counterfactuals import HALF, Model, Truth, halves, removals, truth_of, without_groups
 from attr_engine.errors import UserError
 from attr_engine.latents import LatentDataset, LatentWriter, MemoryTracks
+from attr_engine.latents.batch import Chosen
 from attr_engine.result import Attribution
-from attr_engine.retrain import Recipe, Retrainer, Some, half_subsets, train_all, training
+from attr_engine.retrain import Recipe, Retrainer, half_subsets, train_all, training
 
 pytest.importorskip("stable_audio_tools")
 
@@ -50,10 +51,10 @@ def test_some_tracks_are_those_tracks(rng):
         [f"t{i}" for i in range(5)], [rng.normal(size=(3, i + 2)).astype(np.float32) for i in range(5)],
         [{"seconds_total": float(i)} for i in range(5)],
     )  # fmt: skip
-    some = Some(tracks, [3, 1])
+    some = Chosen(tracks, [3, 1])
     assert (some.ids, some.lengths.tolist(), len(some)) == (["t3", "t1"], [5, 3], 2)
     assert torch.equal(some.batch([1, 0], 7).latents, tracks.batch([1, 3], 7).latents)
-    assert some.fingerprint != Some(tracks, [1, 3]).fingerprint
+    assert some.fingerprint != Chosen(tracks, [1, 3]).fingerprint
 
 
 def test_a_model_depends_on_what_it_saw_and_on_the_seed_and_on_nothing_else(place):

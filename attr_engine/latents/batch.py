@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -85,6 +86,45 @@ class Tracks(Protocol):
     def batch(self, indices: Sequence[int], frames: int) -> Batch:
         """Tracks at ``indices``, in that order, padded to ``frames``."""
         ...
+
+
+class Chosen:
+    """Some tracks of a set, as a set."""
+
+    def __init__(self, tracks: Tracks, indices: Sequence[int]) -> None:
+        self._tracks, self._indices = tracks, list(indices)
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """Ids of the chosen tracks."""
+        return [self._tracks.ids[i] for i in self._indices]
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        return self._tracks.channels
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Valid frames."""
+        return self._tracks.lengths[self._indices]
+
+    @property
+    def info(self) -> Sequence[Mapping[str, Any]]:
+        """Metadata."""
+        return [self._tracks.info[i] for i in self._indices]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the set and the choice."""
+        return hashlib.sha256(json.dumps([self._tracks.fingerprint, self._indices]).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def batch(self, indices: Sequence[int], frames: int) -> Batch:
+        """Tracks by their places in this set."""
+        return self._tracks.batch([self._indices[i] for i in indices], frames)
 
 
 def check_tracks(tracks: Tracks, channels: int, frames: int, what: str) -> None:

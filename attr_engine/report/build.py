@@ -33,6 +33,7 @@ from attr_engine.report.tables import (
 )
 from attr_engine.result import Attribution, order_of
 from attr_engine.runs import ENVIRONMENT, key_of
+from attr_engine.score import RIDGE
 from attr_engine.settings import to_json
 from attr_engine.tensorfile import load_tensors, save_tensors
 from attr_engine.updates import Update
@@ -112,7 +113,9 @@ def _track_info(tracks: Tracks, index: int, clip: Clip | None) -> TrackInfo:
 def curves(job: Job, result: Attribution) -> dict[str, dict[str, np.ndarray]]:
     """Where the leading update acts in each query's top tracks: query -> track -> ``[frames]``; kept on disk."""
     s, path = job.run.settings, job.run.path / CURVES
-    function = s.functions[0] if s.functions[0] in ("displacement", "loss_change") else "displacement"
+    if not job.measured:  # nothing was unlearned
+        return {}
+    function = job.measured[0] if job.measured[0] in ("displacement", "loss_change") else "displacement"
     key = key_of(
         job.key(*UPDATE_SETTINGS, "functions", "strengths", "score_draws"),
         s.show,
@@ -226,7 +229,8 @@ def _summary(job: Job) -> list[tuple[str, str]]:
         ("draws", f"{s.fisher_draws} Fisher, {s.update_draws} update, {s.score_draws} score; plan {s.plan}, seed {s.seed}"),
         ("masks", f"update {'valid frames' if s.mask_update else 'all frames'} (M_U {'on' if s.mask_update else 'off'}), "
                   f"score {'valid frames' if s.mask_score else 'all frames'} (M_L {'on' if s.mask_score else 'off'})"),
-        ("damping", f"{s.damping:g} of the mean Fisher"),
+        ("damping", ", ".join([f"{s.damping:g} of the mean Fisher"] * bool(job.measured)
+                              + [f"ridge {s.ridge:g} of the mean squared length"] * (RIDGE in s.functions))),
         ("precision", f"{s.dtype} model, losses summed in float64"),
         ("seconds", ", ".join(f"{k} {v:.0f}" for k, v in seconds.items())),
     ]  # fmt: skip

@@ -55,7 +55,10 @@ def relatives(job: Job, query: Query) -> dict[str, str]:
 def controls_of(job: Job, result: Attribution) -> dict[str, np.ndarray]:
     """Scores of every control for the queries of a job, name to ``[Q, N]``."""
     queries = [(q.tracks, q.index) for q in job.queries]
-    return control_scores(job.tracks, queries, result.base, job.model.frames, job.run.settings.seed)
+    found = control_scores(job.tracks, queries, result.base, job.model.frames, job.run.settings.seed)
+    return {
+        name: scores for name, scores in found.items() if not np.isnan(scores).all()
+    }  # ridge alone measures no loss
 
 
 def result_tables(job: Job, result: Attribution, controls: Mapping[str, np.ndarray]) -> list[Table]:
