@@ -6,14 +6,16 @@ import argparse
 import dataclasses
 import logging
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attr_engine import cli_index
+from attr_engine import cli_grid, cli_index
 from attr_engine.cli_index import add_command
 from attr_engine.cli_judge import add_judges
 from attr_engine.cli_rollup import add_rollup
 from attr_engine.errors import printable
+from attr_engine.grid_settings import AXES, LEFT_OUT
 from attr_engine.settings import Settings, field_types, from_json, read_settings, to_json
 
 if TYPE_CHECKING:
@@ -50,10 +52,12 @@ def _level(text: str) -> int:
     return level
 
 
-def _add_settings(parser: argparse.ArgumentParser) -> None:
+def _add_settings(
+    parser: argparse.ArgumentParser, several: Sequence[str] = (), left_out: Sequence[str] = ()
+) -> None:
     defaults, kinds = Settings(), field_types()
     group = parser.add_argument_group("settings (all of them can stand in --config)")
-    for spec in dataclasses.fields(Settings):
+    for spec in (x for x in dataclasses.fields(Settings) if x.name not in left_out):
         kind, options = kinds[spec.name], {}
         default = getattr(defaults, spec.name)
         shown = default if default != () else ""
@@ -71,6 +75,8 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         if spec.metadata["choices"]:
             options.pop("metavar")
             options["choices"] = spec.metadata["choices"]
+        if spec.name in several:
+            options["nargs"] = "+"
         group.add_argument(
             f"--{spec.name.replace('_', '-')}",
             default=argparse.SUPPRESS,
@@ -278,6 +284,8 @@ def parser() -> argparse.ArgumentParser:
         _add_settings(p)
     add_rollup(commands, add_command)
     add_judges(commands, add_command)
+    _add_settings(cli_grid.add_grid(commands), AXES, LEFT_OUT)
+    cli_grid.add_figures(commands)
     p = add_command(
         commands,
         "demo",

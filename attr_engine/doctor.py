@@ -27,6 +27,7 @@ _PARTS = (
         "no stable-audio-tools models, no training, no demo; own denoisers work",
     ),
     ("triton", "triton", "triton", "no kernels on a GPU; plain PyTorch is used"),
+    ("matplotlib", "matplotlib", "", "no attr-engine figures"),
     ("laion_clap", "laion-clap", "clap", "no CLAP embeddings"),
 )
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +15,14 @@ from attr_engine.latents.store import LatentDataset
 from attr_engine.latents.writer import LatentWriter
 from attr_engine.models.stable_audio import StableAudioDenoiser
 
-_BATCH = 8
+BATCH = 8  # pieces that are sampled together
+
+
+def piece_length(model: Any, prompt: Mapping[str, Any]) -> tuple[float, int]:
+    """Seconds and valid frames of a piece: as long as its conditioning says, where it does and the model can."""
+    longest = model.frames * model.samples_per_frame / model.sample_rate
+    seconds = min(float(prompt.get("seconds_total", longest)), longest)
+    return seconds, max(1, min(model.frames, round(seconds * model.sample_rate / model.samples_per_frame)))
 
 
 def generate(
@@ -52,13 +61,11 @@ def generate(
         out, padding=tracks.padding, extra={**tracks.extra, "root": str((out / "audio").resolve())}
     )
     (out / "audio").mkdir(parents=True, exist_ok=True)
-    for first in range(0, count, _BATCH):
-        prompts = [dict(tracks.conditioning[int(i)]) for i in chosen[first : first + _BATCH]]
+    for first in range(0, count, BATCH):
+        prompts = [dict(tracks.conditioning[int(i)]) for i in chosen[first : first + BATCH]]
         latents = model.sample(prompts, seed + first, steps, guidance)
         for n, (prompt, latent) in enumerate(zip(prompts, latents, strict=True), start=first):
-            longest = model.frames * model.samples_per_frame / model.sample_rate
-            seconds = min(float(prompt.get("seconds_total", longest)), longest)
-            frames = max(1, min(model.frames, round(seconds * model.sample_rate / model.samples_per_frame)))
+            seconds, frames = piece_length(model, prompt)
             kept = latent[:, :frames].cpu()
             sound = model.decode(kept[None])[0].cpu().numpy()
             name, level = f"generated-{n}", max(1.0, float(np.abs(sound).max()))

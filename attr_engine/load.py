@@ -16,6 +16,7 @@ from attr_engine.latents.manifest import MANIFEST
 from attr_engine.models.autoencoder import Autoencoder
 from attr_engine.models.stable_audio import StableAudioDenoiser, load_model
 from attr_engine.runs import LOCKS, Run, key_of
+from attr_engine.settings import Settings
 from attr_engine.units import held
 
 
@@ -26,16 +27,25 @@ def load_job(run: Run) -> Job:
         UserError: a path is not set or cannot be used.
     """
     s = run.settings
+    model, tracks = load_base(s)
+    with held(run.path / LOCKS / "queries.lock", wait=True):  # audio is encoded once
+        queries = [_load_queries(run, model, Path(path)) for path in s.queries]
+    return make_job(run, model, tracks, queries)
+
+
+def load_base(s: Settings) -> tuple[StableAudioDenoiser, LatentDataset]:
+    """Model and training tracks that the settings name.
+
+    Raises:
+        UserError: a path is not set or cannot be used.
+    """
     for value, flag, what in ((s.model, "--model", "model"), (s.data, "--data", "training data")):
         if not value:
             raise UserError(f"no {what} was named: give {flag} (or a --config that has it)")
     if s.threads > 0:
         torch.set_num_threads(s.threads)
     model = open_model(s.model, s.weights, s.dtype, s.device, s.ema, s.checkpointing, s.compile)
-    tracks = LatentDataset(s.data)
-    with held(run.path / LOCKS / "queries.lock", wait=True):  # audio is encoded once
-        queries = [_load_queries(run, model, Path(path)) for path in s.queries]
-    return make_job(run, model, tracks, queries)
+    return model, LatentDataset(s.data)
 
 
 def open_model(

@@ -34,6 +34,8 @@ COMMANDS = (
     "attribute",
     "report",
     "rollup",
+    "grid",
+    "figures",
     "demo",
     "doctor",
 )
