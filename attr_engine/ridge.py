@@ -37,10 +37,11 @@ class Solved:
 
 
 def index_settings(job: Job) -> IndexSettings:
-    """Of the index that a run needs: the defaults of ``attr-engine index``, and what the run says otherwise."""
+    """Of the index that a run needs; what is fixed here was chosen by retraining (docs/evidence.md)."""
     s = job.run.settings
     return IndexSettings(
-        layers=s.layers, draws=s.score_draws, ridge=s.ridge, masked=s.mask_score, seed=s.seed, plan=s.plan, rows=job.rows
+        layers=s.layers, draws=s.score_draws, projection="gaussian", rank=s.projection_rank, ridge=s.ridge, masked=s.mask_fisher,
+        seed=s.seed, plan=s.plan, rows=job.rows,
     )  # fmt: skip
 
 
@@ -61,7 +62,7 @@ def ridge_stage(job: Job) -> Solved:
     path = job.run.path / SCORES
     key = key_of(
         index.meta["key"],
-        job.key("update_draws", "mask_update"),
+        job.key("update_draws"),
         [(q.tracks.fingerprint, q.index) for q in job.queries],
     )
     with job.run.stage("ridge"), once(job.run.path / LOCKS / "ridge.lock", path) as mine:
@@ -99,7 +100,8 @@ def scores_of(job: Job, index: Index, queries: Sequence[Query]) -> tuple[np.ndar
     """Scores and standard errors of all tracks for some queries of one set, float64 ``[Q, N]`` each."""
     s = job.run.settings
     chosen = Chosen(queries[0].tracks, [q.index for q in queries])
-    features = index.query_features(job.model, chosen, s.update_draws, s.mask_update, s.replicates)
+    # The same frames count as in the tracks: products of gradients of different functions say less.
+    features = index.query_features(job.model, chosen, s.update_draws, None, s.replicates)
     count, replicates, width = features.shape
     each = index.score(features.reshape(-1, width)).reshape(count, replicates, -1)
     return each.mean(axis=1), standard_error(each.transpose(0, 2, 1), replicates)

@@ -44,7 +44,7 @@ class Settings:
         "layer groups (cross_attn.to_kv, cross_attn, self_attn, transformer, all) or name patterns",
     )
     functions: tuple[str, ...] = _option(
-        ("loss_change", "skew", "displacement"),
+        ("ridge",),
         "score functions (loss_change, skew, displacement; to first order influence, norm_influence; without unlearning ridge); "
         "the first one leads the report",
     )
@@ -64,19 +64,26 @@ class Settings:
     steps: int = _option(1, "unlearning steps")
     damping: float = _option(0.1, "added to the Fisher, relative to its mean")
     ridge: float = _option(
-        0.1,
+        0.3,
         "of the score function ridge: lambda, relative to the mean squared length of the tracks' gradients",
+    )
+    projection_rank: int = _option(
+        16,
+        "of the score function ridge: every weight's gradient is projected to a square of so many rows; half as many take a quarter "
+        "of the numbers",
     )
     mask_update: bool = _option(True, "M_U: only valid frames of the query are unlearned")
     mask_score: bool = _option(False, "M_L: only valid frames of the tracks are scored")
-    mask_fisher: bool = _option(False, "only valid frames count in the Fisher")
+    mask_fisher: bool = _option(False, "only valid frames count in the Fisher, and in the gradients of ridge")
     fisher_draws: int = _option(4, "draws a track for the Fisher")
     update_draws: int = _option(64, "draws a step for the update")
-    score_draws: int = _option(8, "draws a track for the scores")
+    score_draws: int = _option(16, "draws a track for the scores")
     replicates: int = _option(
         4, "independently shifted replicates of the timestep sequence; draws are multiples of it"
     )
-    plan: str = _option("track", "draws of its own for every track, or the same for all", ("track", "shared"))
+    plan: str = _option(
+        "shared", "draws of its own for every track, or the same for all", ("track", "shared")
+    )
     seed: int = _option(0, "seed of all draws")
     dtype: str = _option("float32", "dtype of the denoiser", ("float32", "bfloat16", "float64"))
     device: str = _option("cpu", "torch device, e.g. cpu or cuda")

@@ -19,7 +19,7 @@ from attr_engine.diffusion import ROW_FUNCTIONS, DrawPlan, noised_rows
 from attr_engine.models.protocol import select_parameters
 from attr_engine.persample import summed_gradient
 
-DRAWS = (4, 8, 16, 32)
+DRAWS = (4, 8, 16)
 GROUPS = ("transformer", "cross_attn.to_kv", "cross_attn", "self_attn")
 AVERAGING = ("plain", "unit")  # of the gradients of single draws, or of those at length 1
 
