@@ -19,6 +19,7 @@ from attr_engine.grid_settings import AXES, LEFT_OUT
 from attr_engine.settings import Settings, field_types, from_json, read_settings, to_json
 
 if TYPE_CHECKING:
+    from attr_engine.abstain import Controls
     from attr_engine.jobs import Job
     from attr_engine.result import Attribution
 
@@ -95,6 +96,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         "data",
         "cache",
         "index",
+        "controls",
     ):  # a config has to mean the same from any folder
         if flags.get(name):
             flags[name] = str(Path(flags[name]).resolve())
@@ -307,8 +309,20 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _print_verdict(controls: Controls, result: Attribution, query: str, s: Settings) -> None:
+    scores = result.values[s.functions[0]][result.row(query, s.strengths[0])]
+    count = int(controls.responsible(scores).sum())
+    if count == 0:
+        print(
+            f"  refused: no track stands out more than for pieces that no track made ({controls.count} controls)"
+        )
+    else:
+        print(f"  {count} of the tracks stand out more than for pieces that no track made")
+
+
 def print_top(job: Job, result: Attribution, k: int = 3) -> None:
     """Print the top tracks of every query by the leading function and strength, with relation hits."""
+    from attr_engine.abstain import controls_of_run
     from attr_engine.report.tables import relatives
 
     s = job.run.settings
@@ -320,8 +334,11 @@ def print_top(job: Job, result: Attribution, k: int = 3) -> None:
         queries = [(q.id, q.kind, relatives(job, q)) for q in job.queries]
     else:
         queries = [(name, "query", {}) for name in job.pieces.ids]
+    controls = controls_of_run(s, result)
     for name, kind, hits in queries:
         print(printable(f"{name} ({kind})"))
+        if controls is not None:
+            _print_verdict(controls, result, name, s)
         for row in result.top(k, name, s.functions[0], s.strengths[0]):
             hit = f"  [{hits[row.track]}]" if row.track in hits else ""
             print(

@@ -148,11 +148,16 @@ class Settings:
         "transform that turns scores into shares",
         ("excess-over-median", "softmax", "min-max"),
     )
+    controls: str = _option(
+        "",
+        "finished run over pieces that no training track made: a track gets a share only where it stands out more than tracks do there",
+    )
+    false_accepts: float = _option(0.05, "part of such pieces that may be accepted")
     title: str = _option("", "title of the report")
 
 
 # These change what a report shows or how memory is used, not what is computed.
-_PRESENTATION = ("show", "shares", "title", "keep_updates", "cache", "resident")
+_PRESENTATION = ("show", "shares", "controls", "false_accepts", "title", "keep_updates", "cache", "resident")
 
 
 def to_json(settings: Settings) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from attr_engine.abstain import Controls, controls_of_run
 from attr_engine.effects import frame_effects
 from attr_engine.errors import UserError
 from attr_engine.files import write_json, write_text
@@ -34,7 +35,7 @@ from attr_engine.report.tables import (
 from attr_engine.result import Attribution, order_of
 from attr_engine.runs import ENVIRONMENT, key_of
 from attr_engine.score import RIDGE
-from attr_engine.settings import to_json
+from attr_engine.settings import Settings, to_json
 from attr_engine.tensorfile import load_tensors, save_tensors
 from attr_engine.updates import Update
 
@@ -159,12 +160,14 @@ def _short(curve: np.ndarray) -> np.ndarray:
 
 def _ranking(
     job: Job, name: str, strength: str, control: bool, scores: np.ndarray, errors: np.ndarray | None,
-    order: np.ndarray, hits: Mapping[str, str], shapes: Mapping[str, np.ndarray], k: int,
+    order: np.ndarray, hits: Mapping[str, str], shapes: Mapping[str, np.ndarray], k: int, refuse: Controls | None = None,
 ) -> Ranking:  # fmt: skip
     """The first k tracks of ``order``; those that were not measured have no score, no share and no row."""
     measured, share = np.flatnonzero(~np.isnan(scores)), np.zeros(len(scores))
     if len(measured):
         share[measured] = shares(scores[measured], job.run.settings.shares)
+    if refuse is not None:
+        share[~refuse.responsible(scores)] = 0.0
     rows = []
     for n, i in enumerate(order[:k]):
         if np.isnan(scores[i]):
@@ -178,7 +181,13 @@ def _ranking(
 
 
 def _section(
-    job: Job, result: Attribution, q: int, controls: Mapping[str, np.ndarray], shapes: Any, sound: _Sound
+    job: Job,
+    result: Attribution,
+    q: int,
+    controls: Mapping[str, np.ndarray],
+    shapes: Any,
+    sound: _Sound,
+    refuse: Controls | None,
 ) -> QuerySection:
     s, query = job.run.settings, job.queries[q]
     hits, rankings = relatives(job, query), []
@@ -198,12 +207,13 @@ def _section(
                     hits,
                     shapes.get(query.id, {}) if lead else {},
                     s.show,
+                    refuse if lead else None,
                 )  # fmt: skip
             )
     for name, scores in controls.items():
         order, count = order_of(scores[q]), min(_CONTROL_ROWS, s.show)
         rankings.append(_ranking(job, name, "", True, scores[q], None, order, hits, {}, count))
-    notes = []
+    notes = [] if refuse is None else [_verdict(refuse, result, query.id, s)]
     if hits:
         found = sum(1 for row in rankings[0].rows if row.hit)
         notes.append(f"known relatives among the top {len(rankings[0].rows)}: {found} of {len(hits)}")
@@ -215,6 +225,18 @@ def _section(
         )
     info = _track_info(query.tracks, query.index, sound.clip(query.tracks, query.index))
     return QuerySection(info, query.kind, rankings, notes)
+
+
+def _verdict(refuse: Controls, result: Attribution, query: str, s: Settings) -> str:
+    """What the controls say of a query's leading ranking."""
+    scores = result.values[s.functions[0]][result.row(query, s.strengths[0])]
+    responsible, measured = refuse.responsible(scores), ~np.isnan(scores)
+    share = np.zeros(len(scores))
+    share[measured] = shares(scores[measured], s.shares)
+    limit = f"{refuse.count} pieces that no training track made, of which {refuse.rate:.0%} at most pass"
+    if not responsible.any():
+        return f"refused: no track stands out more than for {limit}; no shares are given"
+    return f"{share[~responsible].sum():.0%} unattributable: shares of tracks that stand out no more than for {limit}"
 
 
 def _summary(job: Job) -> list[tuple[str, str]]:
@@ -241,7 +263,8 @@ def build_report(job: Job, result: Attribution, warnings: Sequence[str] = (), su
     sound = _Sound(job)
     controls = controls_of(job, result)
     shapes = curves(job, result)
-    sections = [_section(job, result, q, controls, shapes, sound) for q in range(len(job.queries))]
+    refuse = controls_of_run(job.run.settings, result)
+    sections = [_section(job, result, q, controls, shapes, sound, refuse) for q in range(len(job.queries))]
     shown = {row.track for section in sections for ranking in section.rankings for row in ranking.rows}
     where = {name: i for i, name in enumerate(job.tracks.ids)}
     heard = {row.track for section in sections for ranking in section.rankings[:1] for row in ranking.rows}
