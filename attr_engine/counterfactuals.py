@@ -23,7 +23,7 @@ from attr_engine.retrain import Retrainer, Training, half_subsets, training
 
 HALF, WHOLE, RANDOM = "half", "whole", "random"
 MODELS_FILE, LOSSES_FILE = "models.parquet", "losses.parquet"
-_RANDOM_REMOVALS = 4
+_RANDOM_REMOVALS = 2
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def name_of(averaging: str, group: str, draws: int, half: str = "all") -> str:
 
 def kernels(
     model: Any, tracks: int, items: Sequence[Item], function: str, plan: DrawPlan, say: Callable[[str], None] = print,
-    keep: Path | None = None, halves: bool = False,
+    masks: str = "none", keep: Path | None = None, halves: bool = False,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """Products of the mean gradients of all items with those of the tracks, float64 ``[items, tracks]``, by :func:`name_of`.
 
@@ -59,7 +59,8 @@ def kernels(
         tracks: N; the first N items are the training tracks.
         items: N + Q.
         function: name in ROW_FUNCTIONS.
-        plan: of the draws. Tracks count all frames (no M_L), queries the valid ones (M_U).
+        plan: of the draws.
+        masks: whether valid frames alone count: ``"none"``, ``"both"``, or ``"mixed"`` (M_U on, M_L off: of queries only).
         say: gets a line now and then.
         halves: keep the two halves of the timesteps apart too, which takes twice the memory.
         keep: file for the plain mean gradients at the largest number of draws, float32 ``[N + Q, parameters]``.
@@ -77,7 +78,7 @@ def kernels(
     started = time.perf_counter()
     for draw in range(max(DRAWS)):
         for row, (item, batch) in enumerate(zip(items, batches, strict=True)):
-            noised = noised_rows(model, batch, [(0, draw)], plan, item.purpose, item.purpose == "update")
+            noised = noised_rows(model, batch, [(0, draw)], plan, item.purpose, _masked(item, masks))
             found = summed_gradient(model, parameters, noised, ROW_FUNCTIONS[function])
             flat = torch.cat(
                 [
@@ -95,6 +96,10 @@ def kernels(
         total = sum(value for (averaging, _), value in sums.items() if averaging == "plain")
         np.save(keep, (total / max(DRAWS)).numpy())
     return out
+
+
+def _masked(item: Item, masks: str) -> bool:
+    return masks == "both" or (masks == "mixed" and item.purpose == "update")
 
 
 def _columns(model: Any, parameters: Mapping[str, torch.Tensor]) -> dict[str, list[slice]]:

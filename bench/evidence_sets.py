@@ -68,6 +68,10 @@ class Sets:
             [i for i in order if i not in self.targets and len(copies[self.tracks.ids[i]]) == 1][:TARGETS]
         )
 
+    def kernels(self, function: str, plan: str, masks: str) -> Path:
+        """The file of inner products of whole gradients."""
+        return self.out / "kernels" / f"{function}_{plan}_{masks}.npz"
+
     def queries(self, *names: str) -> list[Query]:
         """Queries of some sets, in order; ``targets`` are training tracks."""
         out: list[Query] = []

@@ -8,22 +8,8 @@ from typing import Any
 import numpy as np
 
 from attr_engine import judge
-from attr_engine.counterfactuals import Truth
-from attr_engine.jobs import Query
 
-Matrix = np.ndarray
-
-
-def lds_rows(methods: Mapping[str, Matrix], queries: Sequence[Query], truth: Truth) -> dict[str, Any]:
-    """LDS of every method per query, and the ceiling; what :func:`table` needs for paired intervals."""
-    kept, losses = truth.halves()
-    losses = losses[:, :, truth.columns([q.id for q in queries])]
-    top = judge.ceiling(losses)
-    return {
-        "halves": len(kept), "seeds": len(losses), "queries": [q.id for q in queries],
-        "methods": {name: judge.lds(s, kept, losses.mean(axis=0)).tolist() for name, s in methods.items()},
-        "split_half": top.seeds.tolist(), "attainable": top.attainable.tolist(),
-    }  # fmt: skip
+DEFAULT = "ridge (default)"
 
 
 def text(found: judge.Estimate, digits: int = 2) -> str:
@@ -33,17 +19,168 @@ def text(found: judge.Estimate, digits: int = 2) -> str:
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table."""
-    lines = [" | ".join(columns), " | ".join("---" for _ in columns), *(" | ".join(map(str, row)) for row in rows)]
+    lines = [
+        " | ".join(columns),
+        " | ".join("---" for _ in columns),
+        *(" | ".join(map(str, row)) for row in rows),
+    ]
     return "\n".join(f"| {line} |" for line in lines) + "\n"
 
 
-def lds_table(found: Mapping[str, Any], first: str) -> str:
+def lds_table(found: Mapping[str, Any]) -> str:
     """Methods by their mean, with the paired difference of the default to each."""
     values = {name: np.array(v) for name, v in found["methods"].items()}
     rows = []
     for name, each in sorted(values.items(), key=lambda item: -np.nanmean(item[1])):
-        gap = "" if name == first else text(judge.bootstrap(values[first] - each))
-        rows.append([f"**{name}**" if name == first else name, text(judge.bootstrap(each)), gap])
-    rows.append(["retraining with another seed (split half)", text(judge.bootstrap(np.array(found["split_half"]))), ""])
+        gap = "" if name == DEFAULT else text(judge.bootstrap(values[DEFAULT] - each))
+        rows.append([f"**{name}**" if name == DEFAULT else name, text(judge.bootstrap(each)), gap])
+    rows.append(
+        [
+            "retraining with another seed (split half)",
+            text(judge.bootstrap(np.array(found["split_half"]))),
+            "",
+        ]
+    )
     rows.append(["attainable (noise ceiling)", text(judge.bootstrap(np.array(found["attainable"]))), ""])
-    return markdown(["method", "LDS", "default minus this, paired"], rows)
+    chosen = "; ".join(
+        f"{name}: {s['averaging']} averaging, lambda {s['lambda']:g}" for name, s in found["settings"].items()
+    )
+    note = f"{len(found['queries'])} queries, {found['halves']} random halves, {found['seeds']} seeds each. "
+    note += f"Chosen on other families: {chosen}."
+    return note + "\n\n" + markdown(["method", "LDS", "default minus this, paired"], rows)
+
+
+def sweep_table(found: Mapping[str, Any]) -> str:
+    """The best of every choice, the others at their best; and curvatures of an update."""
+    columns, rows = found["columns"], found["rows"]
+    lines = []
+    for place, column in enumerate(columns[:-1]):
+        best: dict[Any, float] = {}
+        for row in rows:
+            best[row[place]] = max(best.get(row[place], -1.0), row[-1])
+        ordered = sorted(best.items(), key=lambda item: -item[1])
+        lines.append([column, ", ".join(f"{value}: {score:.3f}" for value, score in ordered)])
+    curvature = [
+        [name, text(judge.bootstrap(np.array(v)))]
+        for name, v in sorted(found["curvature"].items(), key=lambda x: -np.mean(x[1]))
+    ]
+    count = len(next(iter(found["curvature"].values())))
+    return (
+        f"LDS over the {found['queries']} queries of the choosing part; each value with everything else at its best.\n\n"
+        + markdown(["choice", "best LDS"], lines)
+        + f"\nUpdates of size 0.01 by three curvatures, 4 draws, {count} queries of the choosing part:\n\n"
+        + markdown(["update and score", "LDS"], curvature)
+    )
+
+
+def relations_table(found: Mapping[str, Any]) -> str:
+    """Queries by relation, tracks by relation: effect and its spread."""
+    tracks = [
+        "original",
+        "exact copy",
+        "noise",
+        "lossy",
+        "gain",
+        "stretched",
+        "re-orchestrated",
+        "transposed",
+        "spliced",
+        "unrelated",
+    ]
+    rows = [
+        [
+            query,
+            *(f"{row[t][0]:.1f}" if t in row else "" for t in tracks[:-1]),
+            f"{row['unrelated'][0]:.1f} +- {row['unrelated'][1]:.1f}",
+        ]
+        for query, row in found.items()
+    ]
+    return markdown(["query is", *tracks], rows)
+
+
+def plain(table: Mapping[str, Any]) -> str:
+    """A table as it is."""
+    if not table:
+        return "not measured\n"
+    rows = [[f"{c:g}" if isinstance(c, float) else str(c) for c in row] for row in table["rows"]]
+    return f"{table['note']}\n\n" + markdown(table["columns"], rows)
+
+
+def planted_table(found: Mapping[str, Any]) -> str:
+    """Average precision of all methods, relations side by side."""
+    by_method: dict[str, dict[str, str]] = {}
+    for name, relation, _, value, low, high in found["table"]["rows"]:
+        by_method.setdefault(name, {})[relation] = f"{value:.2f} ({low:.2f} to {high:.2f})"
+    relations = list(next(iter(by_method.values())))
+    out = markdown(
+        ["method", *relations], [[name, *(row[r] for r in relations)] for name, row in by_method.items()]
+    )
+    confirmed = found["confirmed"]
+    kinds = list(next(iter(confirmed.values())))
+    rows = [
+        [name, *(text(judge.bootstrap(np.array(row[k]))) for k in kinds)] for name, row in confirmed.items()
+    ]
+    return (
+        out
+        + "\nWithout copies at another gain, which retraining says are not near:\n\n"
+        + markdown(["method", *kinds], rows)
+    )
+
+
+def abstention_table(found: Mapping[str, Any]) -> str:
+    """Rates by kind."""
+    rows, totals = [], {"unknown": [0, 0], "known": [0, 0]}
+    for name, (yes, count) in found["accepted"].items():
+        unknown = name.startswith("unknown")
+        rate = judge.share(yes if unknown else count - yes, count)
+        rows.append([name, str(count), "false accepts" if unknown else "false refusals", text(rate)])
+        if unknown or name.startswith("known") and "generated" not in name:
+            total = totals["unknown" if unknown else "known"]
+            total[0] += yes if unknown else count - yes
+            total[1] += count
+    for name, (hits, count) in totals.items():
+        rows.append(
+            [
+                f"**all {name}**",
+                str(count),
+                "false accepts" if name == "unknown" else "false refusals",
+                text(judge.share(hits, count)),
+            ]
+        )
+    return markdown(["pieces", "count", "", "rate"], rows)
+
+
+def self_table(found: Mapping[str, Any]) -> str:
+    """Ranks, and who stands before a target."""
+    before = (
+        f"Of the {found['before']} tracks before a target, {found['of its family']} are of its own family."
+    )
+    return plain(found["table"]) + f"\n{before}\n"
+
+
+def collapse_table(found: Mapping[str, Any]) -> str:
+    """All methods on the judging part, the default on everything."""
+    return (
+        plain(found["all"])
+        + "\nThe default over all known and generated queries:\n\n"
+        + plain(found["default"])
+    )
+
+
+_SECTIONS = (
+    ("lds", "Linear datamodelling score", lds_table),
+    ("removal", "Removal", plain),
+    ("groups", "One family or artist left out", plain),
+    ("sweep", "What the settings were chosen from", sweep_table),
+    ("relations", "What retraining says about relatives", relations_table),
+    ("planted", "Planted relations: mean average precision", planted_table),
+    ("self", "Rank of itself", self_table),
+    ("collapse", "Collapse and hubs", collapse_table),
+    ("abstention", "Abstention", abstention_table),
+)
+
+
+def document(result: Mapping[str, Any]) -> str:
+    """Every table that a result has."""
+    parts = [f"### {title}\n{table(result[name])}" for name, title, table in _SECTIONS if result.get(name)]
+    return "\n".join(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,10 @@ class ByKernel:
         return out
 
 
+def _same(update: Update) -> Update:
+    return update
+
+
 def by_curvature(
     model: Any, tracks: Any, queries: Sequence[Query], curvature: Any, damping: float, size: float, draws: int,
     say: Callable[[str], None] = print,
@@ -91,10 +96,19 @@ def by_curvature(
     select_parameters(model, ["transformer"])
     for n, query in enumerate(queries):
         update: Update = unlearn_query(
-            model, query.tracks, query.index, curvature, plan, len(tracks), size, draws=64, damping=damping, rows=16
+            model,
+            query.tracks,
+            query.index,
+            curvature,
+            plan,
+            len(tracks),
+            size,
+            draws=64,
+            damping=damping,
+            rows=16,
         )
         parts = [
-            measure_effects(model, tracks.batch(range(i, min(i + 32, len(tracks))), model.frames), [lambda: update], plan, draws)
+            measure_effects(model, tracks.batch(range(i, min(i + 32, len(tracks))), model.frames), [partial(_same, update)], plan, draws)
             for i in range(0, len(tracks), 32)
         ]  # fmt: skip
         each = [scores(p, FUNCTIONS, 4) for p in parts]

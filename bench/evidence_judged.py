@@ -1,0 +1,280 @@
+"""The tables of the evidence as JSON: each function computes one from what is there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from evidence_kernels import AVERAGING, DRAWS, GROUPS, name_of, ridge
+from evidence_sets import Sets, part_of, relation_of
+from evidence_updates import matrices
+
+from attr_engine import abstain, embed, evaluation, judge
+from attr_engine.controls import control_scores
+from attr_engine.counterfactuals import Truth
+from attr_engine.diffusion import DrawPlan
+from attr_engine.jobs import Query
+from attr_engine.result import Attribution
+
+RATE = 0.05  # of false accepts
+DEFAULT = "ridge (default)"
+LAMBDAS = (0.03, 0.1, 0.3, 1.0)
+
+
+def plan(kind: str, replicates: int = 1) -> DrawPlan:
+    """Of draws."""
+    return DrawPlan(0, kind, replicates)
+
+
+def _scores(sets: Sets, run: str) -> Attribution:
+    return Attribution.from_parquet(sets.out / "runs" / run / "scores.parquet")
+
+
+def _truth(sets: Sets) -> Truth:
+    return Truth.open(sets.out / "retrained")
+
+
+def _asked(sets: Sets, part: str) -> list[Query]:
+    return [q for q in sets.queries("known", "generated") if part_of(q) == part]
+
+
+def _by_ridge(sets: Sets, queries: Sequence[Query]) -> np.ndarray:
+    found = _scores(sets, "ridge")
+    return np.stack([found.values["ridge"][found.row(q.id)] for q in queries])
+
+
+def _controls(sets: Sets, queries: Sequence[Query], base: np.ndarray) -> dict[str, np.ndarray]:
+    return control_scores(sets.tracks, [(q.tracks, q.index) for q in queries], base, sets.model.frames)
+
+
+def write_cosine(sets: Sets, queries: Sequence[Query]) -> None:
+    """The control as a table of scores, for removals."""
+    found = _controls(sets, queries, np.zeros(len(sets.tracks)))["raw-latent cosine"]
+    table = Attribution(
+        list(sets.tracks.ids), [(q.id, 0.0) for q in queries], {"cosine": found}, {"cosine": np.full_like(found, np.nan)},
+        np.full(len(sets.tracks), np.nan), {}, np.ones(found.shape, dtype=np.int64),
+    )  # fmt: skip
+    folder = sets.out / "runs" / "cosine"
+    folder.mkdir(parents=True, exist_ok=True)
+    table.to_parquet(folder / "scores.parquet")
+
+
+def _kernel(
+    sets: Sets, which: tuple[str, str, str], queries: Sequence[Query]
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Products of the tracks, and of queries with them, by name."""
+    place = {q.id: i for i, q in enumerate(sets.queries("known", "generated", "choosing_targets"))}
+    rows = [place[q.id] for q in queries]
+    with np.load(sets.kernels(*which)) as file:
+        n = len(sets.tracks)
+        return {name: (file[name][:n], file[name][n:][rows]) for name in file.files}
+
+
+def _embedding(sets: Sets, queries: Sequence[Query]) -> np.ndarray:
+    """Cosine of latent statistics, ``[Q, N]``: what an embedding without weights finds."""
+    found = embed.latent_statistics(sets.tracks)
+    assert found.of_latents is not None
+    rows = []
+    for query in queries:
+        batch = query.tracks.batch([query.index], sets.model.frames)
+        rows.append(found.of_latents([batch.latents[0, :, : int(batch.valid[0])].numpy()])[0])
+    a, b = np.stack(rows), found.values
+    return np.asarray((a @ b.T) / np.linalg.norm(a, axis=1)[:, None] / np.linalg.norm(b, axis=1))
+
+
+# -- by retraining ------------------------------------------------------------------------------
+
+
+def _lds(sets: Sets, scores: np.ndarray, queries: Sequence[Query]) -> np.ndarray:
+    kept, losses = _truth(sets).halves()
+    columns = _truth(sets).columns([q.id for q in queries])
+    return judge.lds(scores, kept, losses[:, :, columns].mean(axis=0))
+
+
+def lds(sets: Sets) -> dict[str, Any]:
+    """All methods on the judging part; whose settings had to be chosen has those that were best on the choosing part."""
+    asked, choosing = _asked(sets, "judge"), _asked(sets, "choose")
+    unlearned, influence = _scores(sets, "unlearning"), _scores(sets, "influence")
+    methods = {DEFAULT: _by_ridge(sets, asked)}
+    methods |= {f"{name} (unlearning)": s for name, s in matrices(unlearned, asked).items()}
+    names = {
+        "influence": "influence, diagonal Fisher",
+        "norm_influence": "influence of the squared norm, diagonal Fisher",
+    }
+    methods |= {names[k.split(" at ")[0]]: s for k, s in matrices(influence, asked).items()}
+    settings = {}
+    for label, which in (
+        ("D-TRAK, whole gradients", ("squared_norm", "shared", "none")),
+        ("TRAK, whole gradients", ("loss", "shared", "none")),
+    ):
+        chosen = _kernel(sets, which, choosing)
+        options = {
+            (a, x): float(np.nanmean(_lds(sets, ridge(*chosen[name_of(a, "transformer", max(DRAWS))], x), choosing)))
+            for a in AVERAGING for x in LAMBDAS
+        }  # fmt: skip
+        averaging, damping = max(options, key=lambda k: options[k])
+        settings[label] = {"averaging": averaging, "lambda": damping}
+        methods[label] = ridge(
+            *_kernel(sets, which, asked)[name_of(averaging, "transformer", max(DRAWS))], damping
+        )
+    methods["gradient dot product (TracIn), loss"] = _kernel(sets, ("loss", "shared", "none"), asked)[
+        "plain/transformer/16/all"
+    ][1]
+    methods["cosine of latent statistics (embedding)"] = _embedding(sets, asked)
+    methods |= {f"{name} (control)": s for name, s in _controls(sets, asked, unlearned.base).items()}
+    kept, losses = _truth(sets).halves()
+    losses = losses[:, :, _truth(sets).columns([q.id for q in asked])]
+    top = judge.ceiling(losses)
+    return {
+        "halves": len(kept), "seeds": len(losses), "queries": [q.id for q in asked], "settings": settings,
+        "methods": {name: judge.lds(s, kept, losses.mean(axis=0)).tolist() for name, s in methods.items()},
+        "split_half": top.seeds.tolist(), "attainable": top.attainable.tolist(),
+    }  # fmt: skip
+
+
+def sweep(sets: Sets) -> dict[str, Any]:
+    """LDS on the choosing part of every setting of the kernel method, and of the curvatures of an update."""
+    asked, rows = _asked(sets, "choose"), []
+    for which in (("squared_norm", "shared", "none"), ("squared_norm", "shared", "both"), ("squared_norm", "shared", "mixed"),
+                  ("squared_norm", "track", "mixed"), ("loss", "shared", "none"), ("loss", "track", "mixed")):  # fmt: skip
+        found = _kernel(sets, which, asked)
+        for averaging in AVERAGING:
+            for group in GROUPS:
+                for draws in DRAWS:
+                    for damping in LAMBDAS:
+                        scores = ridge(*found[name_of(averaging, group, draws)], damping)
+                        rows.append(
+                            [
+                                *which,
+                                averaging,
+                                group,
+                                draws,
+                                damping,
+                                round(float(np.nanmean(_lds(sets, scores, asked))), 4),
+                            ]
+                        )
+    with np.load(sets.out / "curvature.npz") as file:
+        some = {q.id: q for q in asked}
+        queries = [some[str(name)] for name in file["ids"]]
+        curvature = {name: _lds(sets, file[name], queries).tolist() for name in file.files if name != "ids"}
+    return {"columns": ["function", "plan", "masks", "averaging", "layers", "draws", "lambda", "LDS"], "rows": rows,
+            "queries": len(asked), "curvature": curvature}  # fmt: skip
+
+
+def relations(sets: Sets) -> dict[str, Any]:
+    """What retraining says about relatives: how much lower a query's loss is where one was among the tracks of a half, in percent."""
+    asked, truth = sets.queries("known"), _truth(sets)
+    kept, losses = truth.halves()
+    losses = losses[:, :, truth.columns([q.id for q in asked])].mean(axis=0)
+    info, found = list(sets.tracks.info), dict[str, dict[str, list[float]]]()
+    for i, query in enumerate(asked):
+        relative = losses[:, i] / losses[:, i].mean() * 100
+        effect = np.array([relative[~k].mean() - relative[k].mean() for k in kept.T])
+        families = set(str(query.tracks.info[query.index]["family"]).split("+"))
+        row = found.setdefault(relation_of(query), {})
+        for j, track in enumerate(info):
+            mine = set(str(track.get("family") or "").split("+")) & families
+            row.setdefault(str(track["relation"]) if mine else "unrelated", []).append(float(effect[j]))
+    return {
+        a: {b: [float(np.mean(v)), float(np.std(v)), len(v)] for b, v in row.items()}
+        for a, row in found.items()
+    }
+
+
+def _tables(sets: Sets, queries: Sequence[Query]) -> evaluation.Case:
+    unlearned = _scores(sets, "unlearning")
+    methods = {DEFAULT: _by_ridge(sets, queries), **matrices(unlearned, queries)}
+    return evaluation.with_controls(
+        evaluation.Case(sets.tracks, queries, methods), unlearned.base, sets.model.frames
+    )
+
+
+def _json(table: Any) -> dict[str, Any]:
+    return {} if table is None else dict(vars(table))
+
+
+def removal(sets: Sets) -> dict[str, Any]:
+    """Loss of queries without the top 10 of each method."""
+    return _json(evaluation.removal_table(_tables(sets, _asked(sets, "judge")), _truth(sets)))
+
+
+def groups(sets: Sets) -> dict[str, Any]:
+    """One family or artist left out."""
+    return _json(evaluation.group_table(_tables(sets, _asked(sets, "judge")), _truth(sets)))
+
+
+# -- by what is planted -------------------------------------------------------------------------
+
+
+def planted(sets: Sets) -> dict[str, Any]:
+    """Average precision by relation, on the judging part; and where only those copies are relevant that retraining confirms."""
+    asked = [q for q in _asked(sets, "judge") if relation_of(q) != "generated"]
+    case = _tables(sets, asked)
+    confirmed = {}
+    near = ("original", "exact copy", "noise", "lossy")
+    for name, scores in case.methods.items():
+        by_relation: dict[str, list[float]] = {}
+        for i, query in enumerate(asked):
+            if relation_of(query) not in ("exact copy", "noise", "lossy"):
+                continue
+            family = query.tracks.info[query.index]["family"]
+            same = {
+                t
+                for t, row in zip(sets.tracks.ids, sets.tracks.info, strict=True)
+                if family in str(row.get("family") or "").split("+")
+            }
+            good = frozenset(
+                t for t in same if sets.tracks.info[sets.tracks.ids.index(t)]["relation"] in near
+            )
+            found = judge.precision_without(scores[i], sets.tracks.ids, good, frozenset(same))
+            by_relation.setdefault(relation_of(query), []).append(found)
+        confirmed[name] = by_relation
+    return {"table": _json(evaluation.planted_table(case)), "confirmed": confirmed}
+
+
+def self(sets: Sets) -> dict[str, Any]:
+    """Rank of 40 unlearned training tracks; and whether those before it are of its own family."""
+    targets = sets.queries("targets")
+    scores = _by_ridge(sets, targets)
+    table = evaluation.self_table(evaluation.Case(sets.tracks, targets, {DEFAULT: scores}))
+    before = []
+    for row, query in zip(scores, targets, strict=True):
+        family = str(sets.tracks.info[query.index].get("family") or query.id)
+        ahead = np.flatnonzero(row > row[query.index])
+        before += [
+            bool(set(family.split("+")) & set(str(sets.tracks.info[i].get("family") or "").split("+")))
+            for i in ahead
+        ]
+    return {"table": _json(table), "before": len(before), "of its family": sum(before)}
+
+
+def collapse(sets: Sets) -> dict[str, Any]:
+    """Hubs over all known and generated queries for the default, over the judging part for all methods."""
+    every = sets.queries("known", "generated")
+    one = evaluation.collapse_table(evaluation.Case(sets.tracks, every, {DEFAULT: _by_ridge(sets, every)}))
+    return {
+        "default": _json(one),
+        "all": _json(evaluation.collapse_table(_tables(sets, _asked(sets, "judge")))),
+    }
+
+
+def abstention(sets: Sets) -> dict[str, Any]:
+    """Accepts and refusals by kind.
+
+    Half of the pieces that nobody made calibrate, the other half and the known ones are judged; and again the other way round.
+    """
+    queries = sets.queries("known", "generated", "targets", "unknown")
+    best = abstain.prominence(_by_ridge(sets, queries)).max(axis=1)
+    unknown = np.array([q.tracks is sets.unknown for q in queries])
+    part = np.array([part_of(q) for q in queries])
+    accepted: dict[str, list[bool]] = {}
+    for calibrates, tests in (("choose", "judge"), ("judge", "choose")):
+        limit = abstain.threshold(best[unknown & (part == calibrates)], RATE)
+        for i in np.flatnonzero(part == tests):
+            kind = (
+                "unknown: " if unknown[i] else "targets" if queries[i].kind == "training track" else "known: "
+            )
+            name = kind if kind == "targets" else kind + relation_of(queries[i])
+            accepted.setdefault(name, []).append(bool(best[i] > limit))
+    return {"rate": RATE, "accepted": {name: [sum(v), len(v)] for name, v in accepted.items()}}
