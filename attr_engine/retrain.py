@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -178,8 +180,16 @@ _mine: Retrainer
 
 def _begin(recipe: Recipe, folder: Path, threads: int) -> None:
     global _mine
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(threads)
     _mine = Retrainer(recipe, folder)
+
+
+def _end_with(parent: int) -> None:
+    """End this process when the one that started it does, however that ended: nobody waits for its models."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 def _one(which: Training, queries: Sequence[str], draws: int) -> str:
@@ -224,6 +234,10 @@ def train_all(
             f"a training process was killed, perhaps for lack of memory: use fewer --workers than {workers}; "
             "the same command carries on"
         ) from error
+    except BaseException:
+        for child in active_children():  # their trainings carry on from what they kept
+            child.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -21,6 +21,10 @@ def _option(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
     return field(default=default, metadata=metadata)
 
 
+UNLEARNING = ("loss_change", "skew", "displacement")
+"""Score functions of one forward pass under an update."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """Everything that decides the result of an attribution run."""
@@ -44,9 +48,9 @@ class Settings:
         "layer groups (cross_attn.to_kv, cross_attn, self_attn, transformer, all) or name patterns",
     )
     functions: tuple[str, ...] = _option(
-        ("ridge",),
-        "score functions (loss_change, skew, displacement; to first order influence, norm_influence; without unlearning ridge); "
-        "the first one leads the report",
+        (),
+        "score functions: ridge, without unlearning (the default); loss_change, skew, displacement (the default with --top, --index and "
+        "--groups); to first order influence, norm_influence; the first one leads the report",
     )
     strengths: tuple[float, ...] = _option((1e-2,), "strengths of the update; the first one leads the report")
     strengths_by: str = _option(
@@ -154,6 +158,11 @@ class Settings:
     )
     false_accepts: float = _option(0.05, "part of such pieces that may be accepted")
     title: str = _option("", "title of the report")
+
+    def __post_init__(self) -> None:
+        if not self.functions:
+            unlearning = bool(self.top or self.index or self.groups)  # these are about what unlearning does
+            object.__setattr__(self, "functions", UNLEARNING if unlearning else ("ridge",))
 
 
 # These change what a report shows or how memory is used, not what is computed.
