@@ -248,13 +248,13 @@ def _run(args: argparse.Namespace) -> None:
         pipeline.check_all(job)
         if first:
             print(jobs.plan_of(job), file=sys.stderr)
-        fisher = pipeline.fisher_stage(job)
         if args.command == "fisher":
+            fisher = pipeline.fisher_stage(job)
             if first:
                 _print_fisher(fisher, out / pipeline.FISHER)
             return
         if args.command == "unlearn":
-            pipeline.update_stage(job, fisher)
+            pipeline.update_stage(job, pipeline.fisher_stage(job))
             if first:
                 print(f"{len(job.queries) * len(settings.strengths)} updates in {out / 'updates'}")
             return

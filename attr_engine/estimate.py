@@ -144,7 +144,8 @@ def stages_of(job: Job) -> tuple[str, ...]:
 def left_of(job: Job, stages: Sequence[str] = STAGES) -> dict[str, Work]:
     """What the stages of a job still have to do: what is in its run directory is done."""
     s, path, n = job.run.settings, job.run.path, len(job.tracks)
-    left = {name: Work() for name in stages_of(job) if name in stages}
+    # Who asks for the first stages alone gets them, whatever the score functions.
+    left = {name: Work() for name in stages if "ridge" not in stages or name in stages_of(job)}
     if "ridge" in left and not (path / SCORES).exists():
         left["ridge"] = ridge_work(job, 0 if (index_folder(job) / META).exists() else n)
     if (path / EFFECTS).exists() and (path / FISHER).exists():

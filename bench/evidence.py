@@ -30,8 +30,8 @@ from evidence_kernels import items_of, kernels  # noqa: E402
 from evidence_sets import Sets, part_of  # noqa: E402
 from evidence_updates import ByKernel, by_curvature, run  # noqa: E402
 
-PARTS = ("sets", "methods", "curvature", "retrain", "lds", "sweep", "relations", "removal", "groups", "planted", "self", "collapse",
-         "abstention")  # fmt: skip
+PARTS = ("sets", "methods", "curvature", "retrain", "lds", "sweep", "projection", "relations", "removal", "groups", "planted", "self",
+         "collapse", "abstention")  # fmt: skip
 GRADIENTS = (("squared_norm", "shared", "none"), ("squared_norm", "shared", "both"), ("squared_norm", "shared", "mixed"),
              ("squared_norm", "track", "mixed"), ("loss", "shared", "none"), ("loss", "track", "mixed"))  # fmt: skip
 
@@ -40,7 +40,12 @@ def main() -> int:
     """Compute, write, print."""
     args = _arguments()
     if args.table:
-        print(report.document(json.loads(args.table.read_text())))
+        text = report.document(json.loads(args.table.read_text()))
+        if args.docs is None:
+            print(text)
+        else:
+            head, line, _ = args.docs.read_text(encoding="utf-8").partition(report.MARK)
+            args.docs.write_text(f"{head}{line or report.MARK}\n\n{text}", encoding="utf-8")
         return 0
     import fisher_report
 
@@ -75,6 +80,9 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--table", type=Path, help="print the tables of a result")
+    parser.add_argument(
+        "--docs", type=Path, help="with --table: put them into this file, after its line of tables"
+    )
     return parser.parse_args()
 
 

@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from evidence_kernels import AVERAGING, DRAWS, GROUPS, name_of, ridge
 from evidence_sets import Sets, part_of, relation_of
-from evidence_updates import matrices
+from evidence_updates import matrices, together
 
 from attr_engine import abstain, embed, evaluation, judge
 from attr_engine.controls import control_scores
 from attr_engine.counterfactuals import Truth
 from attr_engine.diffusion import DrawPlan
+from attr_engine.index_store import IndexSettings, Maker
 from attr_engine.jobs import Query
 from attr_engine.result import Attribution
 
@@ -160,6 +162,24 @@ def sweep(sets: Sets) -> dict[str, Any]:
         curvature = {name: _lds(sets, file[name], queries).tolist() for name in file.files if name != "ids"}
     return {"columns": ["function", "plan", "masks", "averaging", "layers", "draws", "lambda", "LDS"], "rows": rows,
             "queries": len(asked), "curvature": curvature}  # fmt: skip
+
+
+def projection(sets: Sets) -> dict[str, Any]:
+    """LDS on the choosing part of projected gradients, 16 draws shared by all tracks: what the projection loses."""
+    asked, rows = _asked(sets, "choose"), []
+    for kind, rank in (("coordinates", 8), ("gaussian", 8), ("gaussian", 16), ("gaussian", 24)):
+        maker = Maker(sets.model, IndexSettings(draws=max(DRAWS), plan="shared", projection=kind, rank=rank))
+        size = len(sets.tracks)
+        own = torch.cat(
+            [maker(sets.tracks, range(i, min(i + 16, size)), "score") for i in range(0, size, 16)]
+        ).double()
+        other = torch.cat([maker(some, range(len(some)), "update", 64) for some in together(asked)]).double()
+        for damping in LAMBDAS:
+            scores = ridge((own @ own.T).numpy(), (other @ own.T).numpy(), damping)
+            rows.append(
+                [kind, rank, maker.width, damping, round(float(np.nanmean(_lds(sets, scores, asked))), 4)]
+            )
+    return {"columns": ["projection", "rank", "numbers", "lambda", "LDS"], "rows": rows}
 
 
 def relations(sets: Sets) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Inner products of whole gradients between queries and tracks: what every method of the influence family is made of here.
 
 Nothing is projected, so that a table can say what a method is worth and not what a projection lost. Of one run of draws the
-products are kept for several numbers of draws, layer groups, halves of the timesteps and both ways of averaging.
+products are kept for several numbers of draws, layer groups and both ways of averaging.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ def items_of(tracks: Any, queries: Sequence[Any], targets: Sequence[int]) -> lis
     )
 
 
-def name_of(averaging: str, group: str, draws: int, half: str = "all") -> str:
+def name_of(averaging: str, group: str, draws: int) -> str:
     """Of a matrix in the file."""
-    return f"{averaging}/{group}/{draws}/{half}"
+    return f"{averaging}/{group}/{draws}"
 
 
 def kernels(
     model: Any, tracks: int, items: Sequence[Item], function: str, plan: DrawPlan, say: Callable[[str], None] = print,
-    masks: str = "none", keep: Path | None = None, halves: bool = False,
+    masks: str = "none", keep: Path | None = None,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """Products of the mean gradients of all items with those of the tracks, float64 ``[items, tracks]``, by :func:`name_of`.
 
@@ -62,18 +62,13 @@ def kernels(
         plan: of the draws.
         masks: whether valid frames alone count: ``"none"``, ``"both"``, or ``"mixed"`` (M_U on, M_L off: of queries only).
         say: gets a line now and then.
-        halves: keep the two halves of the timesteps apart too, which takes twice the memory.
         keep: file for the plain mean gradients at the largest number of draws, float32 ``[N + Q, parameters]``.
     """
     parameters = select_parameters(model, ["transformer"])
     where = _columns(model, parameters)
     batches = [item.tracks.batch([item.index], model.frames) for item in items]
     size = sum(p.numel() for p in parameters.values())
-    sums = {
-        (a, half): torch.zeros(len(items), size)
-        for a in AVERAGING
-        for half in (("low", "high") if halves else ("all",))
-    }
+    sums = {averaging: torch.zeros(len(items), size) for averaging in AVERAGING}
     out: dict[str, np.ndarray] = {}
     started = time.perf_counter()
     for draw in range(max(DRAWS)):
@@ -86,15 +81,13 @@ def kernels(
                     for n, p in parameters.items()
                 ]
             )
-            half = "all" if not halves else "low" if float(noised.t) < 0.5 else "high"
-            sums["plain", half][row] += flat
-            sums["unit", half][row] += flat / flat.norm().clamp_min(1e-30)
+            sums["plain"][row] += flat
+            sums["unit"][row] += flat / flat.norm().clamp_min(1e-30)
         if draw + 1 in DRAWS:
             out.update(_products(sums, where, tracks, draw + 1))
             say(f"{function}, {plan.kind} draws: {draw + 1} done, {time.perf_counter() - started:.0f} s")
     if keep is not None:
-        total = sum(value for (averaging, _), value in sums.items() if averaging == "plain")
-        np.save(keep, (total / max(DRAWS)).numpy())
+        np.save(keep, (sums["plain"] / max(DRAWS)).numpy())
     return out
 
 
@@ -116,20 +109,13 @@ def _columns(model: Any, parameters: Mapping[str, torch.Tensor]) -> dict[str, li
 
 
 def _products(
-    sums: Mapping[tuple[str, str], torch.Tensor],
-    where: Mapping[str, Sequence[slice]],
-    tracks: int,
-    draws: int,
+    sums: Mapping[str, torch.Tensor], where: Mapping[str, Sequence[slice]], tracks: int, draws: int
 ) -> dict[str, np.ndarray]:
     out = {}
-    for averaging in AVERAGING:
-        parts = {half: value for (name, half), value in sums.items() if name == averaging}
-        if len(parts) == 2:
-            parts["all"] = parts["low"] + parts["high"]
-        for half, whole in parts.items():
-            for group in GROUPS if half == "all" else GROUPS[:1]:
-                total = sum(whole[:, s] @ whole[:tracks, s].T for s in where[group])
-                out[name_of(averaging, group, draws, half)] = (total.double() / draws**2).numpy()
+    for averaging, whole in sums.items():
+        for group in GROUPS:
+            total = sum(whole[:, s] @ whole[:tracks, s].T for s in where[group])
+            out[name_of(averaging, group, draws)] = (total.double() / draws**2).numpy()
     return out
 
 

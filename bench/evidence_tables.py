@@ -10,6 +10,7 @@ import numpy as np
 from attr_engine import judge
 
 DEFAULT = "ridge (default)"
+MARK = "<!-- tables: python bench/evidence.py --table bench/results/evidence.json --docs docs/evidence.md -->"
 
 
 def text(found: judge.Estimate, digits: int = 2) -> str:
@@ -71,6 +72,16 @@ def sweep_table(found: Mapping[str, Any]) -> str:
         + f"\nUpdates of size 0.01 by three curvatures, 4 draws, {count} queries of the choosing part:\n\n"
         + markdown(["update and score", "LDS"], curvature)
     )
+
+
+def projection_table(found: Mapping[str, Any]) -> str:
+    """Each projection at its best lambda."""
+    best: dict[tuple[Any, ...], tuple[float, float]] = {}
+    for kind, rank, numbers, damping, score in found["rows"]:
+        key = (kind, rank, numbers)
+        best[key] = max(best.get(key, (-1.0, 0.0)), (score, damping))
+    rows = [[*map(str, key), f"{score:.3f}", f"{damping:g}"] for key, (score, damping) in best.items()]
+    return markdown(["projection", "rank", "numbers a track", "LDS", "lambda"], rows)
 
 
 def relations_table(found: Mapping[str, Any]) -> str:
@@ -175,6 +186,7 @@ _SECTIONS = (
     ("removal", "Removal", plain),
     ("groups", "One family or artist left out", plain),
     ("sweep", "What the settings were chosen from", sweep_table),
+    ("projection", "What a projection loses", projection_table),
     ("relations", "What retraining says about relatives", relations_table),
     ("planted", "Planted relations: mean average precision", planted_table),
     ("self", "Rank of itself", self_table),

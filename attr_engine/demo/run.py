@@ -23,7 +23,8 @@ from attr_engine.models.stable_audio import CONFIG_NAME, load_model
 from attr_engine.models.vocoder import fit_autoencoder
 from attr_engine.report.build import TABLES, build_report
 from attr_engine.runs import open_run
-from attr_engine.settings import Settings
+from attr_engine.score import RIDGE
+from attr_engine.settings import UNLEARNING, Settings
 
 SAMPLE_RATE, FRAMES, PATCH = 16000, 188, 4
 CONDITION = ("lead", "style", "tempo")
@@ -37,11 +38,11 @@ class Scale:
     steps: int = 2500
     generated: int = 4
     targets: int = 8
-    strengths: tuple[float, ...] = (1e-2, 1e-3, 1e-1)
-    score_draws: int = 4
+    strengths: tuple[float, ...] = (1e-2, 1e-3)
+    score_draws: int = 8
 
 
-FULL = Scale(targets=40, strengths=(1e-2, 1e-4, 1e-3, 3e-2, 1e-1), score_draws=8)
+FULL = Scale(targets=40, strengths=(1e-2, 1e-4, 1e-3, 3e-2, 1e-1))
 
 
 def _corpus(audio: Path, scale: Scale) -> None:
@@ -130,6 +131,7 @@ def run_demo(out: Path, full: bool = False, scale: Scale | None = None) -> Path:
         data=str(out / "latents"),
         queries=(str(out / "generated"), str(out / "held-out")),
         self_influence=_targets(tracks, scale.targets),
+        functions=(RIDGE, *UNLEARNING),
         strengths=scale.strengths,
         score_draws=scale.score_draws,
         title="attr_engine demo",
