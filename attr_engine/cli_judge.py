@@ -13,6 +13,7 @@ from attr_engine.errors import UserError
 if TYPE_CHECKING:
     from attr_engine.counterfactuals import Truth
     from attr_engine.evaluation import Case
+    from attr_engine.models.stable_audio import StableAudioDenoiser
     from attr_engine.report.data import Table
     from attr_engine.result import Attribution
 
@@ -178,6 +179,9 @@ Wilson) and the controls: random, duration only, training loss only, cosine of t
     p.add_argument(
         "--out", default="", help="folder for evaluation.json and evaluation.md (default: the first run)"
     )
+    p.add_argument("--tail-patch", type=int, default=None, metavar="K",
+                   help="also take one training step on each of the top K tracks of every query and method, and see whether the query's "
+                   "loss falls (default: off)")  # fmt: skip
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -190,9 +194,15 @@ def evaluate(args: argparse.Namespace) -> None:
     out = Path(args.out or args.runs[0].rpartition("=")[2])
     if not out.is_dir() and not args.out:
         raise UserError(f"{out} is no folder: say with --out where evaluation.json is to be written")
-    case = _case(args)
+    case, model = _case(args)
     truth = Truth.open(Path(args.retrained)) if args.retrained else None
     found: list[Table] = tables(case, truth)
+    if args.tail_patch is not None:
+        from attr_engine import progress, tailpatch
+
+        found.append(
+            tailpatch.tail_table(case, model, args.tail_patch, progress=progress.bar("tail patch", "track"))
+        )
     text = markdown(found)
     write_json(out / "evaluation.json", [vars(t) for t in found])
     write_text(out / "evaluation.md", text)
@@ -200,8 +210,8 @@ def evaluate(args: argparse.Namespace) -> None:
     print(f"written: {out / 'evaluation.md'} and .json")
 
 
-def _case(args: argparse.Namespace) -> Case:
-    """Scores of all methods for the queries that all of them have, with the controls."""
+def _case(args: argparse.Namespace) -> tuple[Case, StableAudioDenoiser]:
+    """Scores of all methods for the queries that all of them have, with the controls; and the model."""
     import numpy as np
 
     from attr_engine.evaluation import Case, with_controls
@@ -240,5 +250,5 @@ def _case(args: argparse.Namespace) -> Case:
                 methods[label if len(given) == 1 else f"{name}: {label}"] = np.asarray(rows, dtype=np.float64)
     if not queries:
         raise UserError("no query is left to be judged: check --queries and --where")
-    frames = load_model(str(paths["model"])).frames
-    return with_controls(Case(tracks, queries, methods), first.base, frames)
+    model = load_model(str(paths["model"]))
+    return with_controls(Case(tracks, queries, methods), first.base, model.frames), model

@@ -27,6 +27,7 @@ from attr_engine.errors import UserError
 from attr_engine.files import writing_in
 from attr_engine.latents import LatentDataset
 from attr_engine.latents.batch import Chosen, Tracks
+from attr_engine.models.protocol import Denoiser
 from attr_engine.models.stable_audio import StableAudioDenoiser, create_model, quiet
 from attr_engine.runs import key_of
 from attr_engine.tensorfile import load_tensors, save_tensors
@@ -160,7 +161,7 @@ def _weights(wrapper: Any) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def query_losses(model: StableAudioDenoiser, queries: Tracks, draws: int, rows: int = 16) -> np.ndarray:
+def query_losses(model: Denoiser, queries: Tracks, draws: int, rows: int = 16) -> np.ndarray:
     """Losses of queries on draws of the judge, float64 ``[Q, draws]``; only valid frames count."""
     plan = DrawPlan(JUDGE_SEED, "shared", 1)
     out = np.empty((len(queries), draws))

@@ -121,7 +121,7 @@ def lds(sets: Sets) -> dict[str, Any]:
             *_kernel(sets, which, asked)[name_of(averaging, "transformer", max(DRAWS))], damping
         )
     methods["gradient dot product (TracIn), loss"] = _kernel(sets, ("loss", "shared", "none"), asked)[
-        "plain/transformer/16/all"
+        name_of("plain", "transformer", max(DRAWS))
     ][1]
     methods["cosine of latent statistics (embedding)"] = _embedding(sets, asked)
     methods |= {f"{name} (control)": s for name, s in _controls(sets, asked, unlearned.base).items()}

@@ -36,6 +36,7 @@ COMMANDS = (
     "rollup",
     "grid",
     "figures",
+    "robustness",
     "demo",
     "doctor",
 )
