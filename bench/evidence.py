@@ -167,7 +167,8 @@ def make_retrain(sets: Sets, args: argparse.Namespace) -> None:
     runs = sets.out / "runs"
     subprocess.run(
         [sys.executable, "-m", "attr_engine.cli", "retrain", "--model", sets.demo / "model", "--data", sets.demo / "latents",
-         "--queries", sets.out / "queries" / "known", sets.out / "generated", "--draws", "16", "--remove",
+         "--queries", sets.out / "queries" / "known", sets.out / "generated", "--subsets", "24", "--draws", "16", "--removals", "3",
+         "--groups", "2", "--remove",
          f"ridge={runs / 'ridge' / 'scores.parquet'}", f"loss_change={runs / 'unlearning' / 'scores.parquet'}",
          f"cosine={runs / 'cosine' / 'scores.parquet'}", "--leave-out", "family", "artist", "--out", sets.out / "retrained"],
         check=True, cwd=ROOT,
