@@ -168,10 +168,10 @@ def finished(seed, tmp_path):
 OTHER = {
     "self_influence": ("t1",), "layers": ("self_attn",), "functions": ("skew",), "strengths": (1e-2,), "unit": "lr",
     "steps": 1, "damping": 0.2, "mask_update": False, "mask_score": True, "mask_fisher": True, "fisher_draws": 4,
-    "update_draws": 2, "score_draws": 4, "replicates": 1, "plan": "shared", "seed": 1, "dtype": "float64",
+    "update_draws": 2, "score_draws": 4, "replicates": 1, "plan": "track", "seed": 1, "dtype": "float64",
     "device": "cuda", "rows": 4, "unit_tracks": 3, "threads": 1, "ema": False, "gradients": "loop", "memory": 1.0, "model": "m",
     "strengths_by": "tangent", "update_dtype": "bfloat16", "top": 3, "groups": "artist", "index": "i", "rescore": 5,
-    "race_draws": 8, "confidence": 0.9, "race_share": 0.5,
+    "race_draws": 8, "ridge": 0.2, "projection_rank": 4, "confidence": 0.9, "race_share": 0.5,
     "checkpointing": True, "compile": "forward", "weights": "w", "data": "d", "queries": "q",
 }  # fmt: skip
 PRESENTATION = {
@@ -181,6 +181,8 @@ PRESENTATION = {
     "title": "x",
     "cache": "c",
     "resident": 0.0,
+    "controls": "p",
+    "false_accepts": 0.1,
 }
 
 
@@ -234,7 +236,6 @@ def test_a_refused_call_leaves_the_directory_free(seed, tmp_path):
         ({"layers": ("cross_attn.to_kw",)}, "cross_attn.to_kw"),
         ({"layers": ()}, "no layers"),
         ({"functions": ("cosine",)}, "cosine"),
-        ({"functions": ()}, "score function"),
         ({"strengths": ()}, "strength"),
         ({"strengths": (1e-2, -1.0)}, "-1.0"),
         ({"strengths": (1e-2, 1e-2)}, "twice"),

@@ -439,7 +439,7 @@ def world(seed, rng, tmp_path) -> tuple[Path, LatentDataset, Attribution]:
         writer.add(f"t{i}", tracks.raw[i], tracks.conditioning[i], {"artist": artist, **parent})
     writer.close()
     data = LatentDataset(tmp_path / "latents")
-    settings = forks.small(data=str(tmp_path / "latents"))
+    settings = forks.small(data=str(tmp_path / "latents"), plan="track")
     return tmp_path, data, attribute(model, data, queries, settings, tmp_path / "run")
 
 

@@ -55,7 +55,7 @@ def test_other_draws_masks_models_and_tracks_are_other_entries(seed, tmp_path):
     run(seed, tmp_path / "0", cache=cache)
     known = entries()
     assert len(known) == 1
-    for i, changes in enumerate(({"mask_score": True}, {"seed": 1}, {"plan": "shared"}, {"rows": 2})):
+    for i, changes in enumerate(({"mask_score": True}, {"seed": 1}, {"plan": "track"}, {"rows": 2})):
         run(seed, tmp_path / f"{i + 1}", cache=cache, **changes)
         assert len(entries()) == len(known) + 1
         known = entries()

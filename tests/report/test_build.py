@@ -199,7 +199,7 @@ def test_survivors_come_first_and_what_was_not_measured_has_no_row(measured, tmp
             draws=np.array([[8, 8, 0, 64]]),
             stage=np.array([[0, 0, -1, 1]]),
         )
-        rankings = _section(job, raced, 0, {}, {}, _Sound(job)).rankings
+        rankings = _section(job, raced, 0, {}, {}, _Sound(job), None).rankings
         build_report(job, raced)
     assert len(rankings) == len(SETTINGS.functions)
     for ranking in rankings:
