@@ -27,6 +27,7 @@ from attr_engine.report.tables import (
     controls_of,
     markdown,
     number_of,
+    rankings_of,
     relatives,
     result_tables,
     strength_text,
@@ -191,25 +192,30 @@ def _section(
 ) -> QuerySection:
     s, query = job.run.settings, job.queries[q]
     hits, rankings = relatives(job, query), []
-    for function in s.functions:
-        for strength in s.strengths:
-            u = result.row(query.id, strength)
-            lead = function == s.functions[0] and strength == s.strengths[0]
-            rankings.append(
-                _ranking(
-                    job,
-                    function,
-                    strength_text(job, strength),
-                    False,
-                    result.values[function][u],
-                    result.errors[function][u],
-                    result.order(function, u),
-                    hits,
-                    shapes.get(query.id, {}) if lead else {},
-                    s.show,
-                    refuse if lead else None,
-                )  # fmt: skip
+    for function, strength in rankings_of(s):
+        u, text = result.row(query.id, strength), strength_text(job, strength, function)
+        lead = function == s.functions[0] and strength == s.strengths[0]
+        scores, errors, order = (
+            result.values[function][u],
+            result.errors[function][u],
+            result.order(function, u),
+        )
+        curves_here = shapes.get(query.id, {}) if lead else {}
+        rankings.append(
+            _ranking(
+                job,
+                function,
+                text,
+                False,
+                scores,
+                errors,
+                order,
+                hits,
+                curves_here,
+                s.show,
+                refuse if lead else None,
             )
+        )
     for name, scores in controls.items():
         order, count = order_of(scores[q]), min(_CONTROL_ROWS, s.show)
         rankings.append(_ranking(job, name, "", True, scores[q], None, order, hits, {}, count))

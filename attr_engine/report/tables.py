@@ -13,6 +13,8 @@ from attr_engine.controls import control_scores
 from attr_engine.jobs import Job, Query
 from attr_engine.report.data import Table
 from attr_engine.result import Attribution
+from attr_engine.score import RIDGE
+from attr_engine.settings import Settings
 
 
 def text_of(info: Mapping[str, Any], *names: str) -> str:
@@ -28,8 +30,15 @@ def number_of(info: Mapping[str, Any], name: str) -> float | None:
     return float(value)
 
 
-def strength_text(job: Job, strength: float) -> str:
-    """A strength with its unit."""
+def rankings_of(s: Settings) -> list[tuple[str, float]]:
+    """Every score function at every strength; ridge once, which has the same scores at all."""
+    return [(f, x) for f in s.functions for x in (s.strengths[:1] if f == RIDGE else s.strengths)]
+
+
+def strength_text(job: Job, strength: float, function: str = "") -> str:
+    """A strength with its unit; of ridge its lambda."""
+    if function == RIDGE:
+        return f"lambda {job.run.settings.ridge:g}"
     return f"relative size {strength:g}" if job.run.settings.unit == "size" else f"lr {strength:g}"
 
 
@@ -73,7 +82,7 @@ def self_table(job: Job, result: Attribution) -> Table | None:
     if not targets:
         return None
     copies = evaluate.clusters(job.tracks.ids, job.tracks.info)
-    settings = [(f, x) for f in s.functions for x in s.strengths]
+    settings = rankings_of(s)
     places = np.array(
         [
             [
@@ -90,7 +99,7 @@ def self_table(job: Job, result: Attribution) -> Table | None:
     ]
     for what, summary in (("mean", np.mean), ("median", np.median), ("worst", np.max)):
         rows.append([what, "", *np.round(summary(places, axis=0), 1).tolist()])
-    columns = ["training track", "seconds", *[f"{f}, {strength_text(job, x)}" for f, x in settings]]
+    columns = ["training track", "seconds", *[f"{f}, {strength_text(job, x, f)}" for f, x in settings]]
     note = f"Rank among {len(job.tracks)} tracks; 1 is right. A track and its exact copies count as one. Necessary, not sufficient."
     return Table("Rank of a training track when it is itself unlearned", columns, rows, note)
 
@@ -116,10 +125,9 @@ def relation_table(job: Job, result: Attribution, controls: Mapping[str, np.ndar
         ]
 
     rows = []
-    for f in s.functions:
-        for x in s.strengths:
-            places = np.stack([result.ranks(f, result.row(q.id, x)) for q in job.queries])
-            rows.append(line(f, strength_text(job, x), -places))
+    for f, x in rankings_of(s):
+        places = np.stack([result.ranks(f, result.row(q.id, x)) for q in job.queries])
+        rows.append(line(f, strength_text(job, x, f), -places))
     for name, scores in controls.items():
         rows.append(line(f"{name} (control)", "", scores))
     note = (
