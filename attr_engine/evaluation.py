@@ -80,6 +80,8 @@ def tables(case: Case, truth: Truth | None = None) -> list[Table]:
 
 
 def _numbers(found: Estimate) -> list[Cell]:
+    if found.count == 0:  # such as the correlation of a control that is the same for every query
+        return ["", "", ""]
     return [round(found.value, 4), round(found.low, 4), round(found.high, 4)]
 
 

@@ -85,6 +85,8 @@ def test_retraining_tells_right_from_wrong(case, rng):
     rows = by_method(removal_table(case, truth))
     assert rows["right"][1] > rows["random tracks"][1] and rows["right"][1] > rows["wrong"][1]
     assert rows["right"][2] <= rows["right"][1] <= rows["right"][3]
+    alike = Case(case.tracks, case.queries, {**case.methods, "the same for all": np.ones((4, 12))})
+    assert by_method(group_table(alike, truth))["the same for all"][1:] == [""] * 6
     rows = by_method(group_table(case, truth))
     assert rows["right"][1] > 0.9 and rows["wrong"][1] < -0.9
 
