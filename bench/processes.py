@@ -82,13 +82,21 @@ def work(demo: Path, out: Path) -> None:
     from attr_engine.index import IndexSettings, build_index
     from attr_engine.jobs import Job, check, make_queries
     from attr_engine.runs import open_run
+    from attr_engine.settings import UNLEARNING
     from attr_engine.units import rank
 
     torch.set_num_threads(1)
     model = load_model(demo / "model")
     tracks, queries = LatentDataset(demo / "latents"), LatentDataset(demo / "held-out")
     settings = Settings(
-        layers=("transformer",), strengths=(0.01,), rows=16, unit_tracks=16, threads=1, keep_updates=True
+        functions=UNLEARNING,
+        plan="track",
+        score_draws=8,
+        strengths=(0.01,),
+        rows=16,
+        unit_tracks=16,
+        threads=1,
+        keep_updates=True,
     )
     times: dict[str, list[float]] = {}
     with open_run(out / "run", settings) as run:

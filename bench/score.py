@@ -86,7 +86,13 @@ def _job(args: argparse.Namespace, folder: Path, queries: list[int], functions: 
     tracks = LatentDataset(args.demo / "latents")
     ids = tuple(tracks.ids[i] for i in queries)
     settings = Settings(
-        functions=functions, self_influence=ids, score_draws=4, unit_tracks=16, rows=16, threads=args.threads
+        functions=functions,
+        self_influence=ids,
+        plan="track",
+        score_draws=4,
+        unit_tracks=16,
+        rows=16,
+        threads=args.threads,
     )
     folder.mkdir(parents=True, exist_ok=True)
     model = load_model(args.demo / "model")
