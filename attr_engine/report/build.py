@@ -249,14 +249,18 @@ def _summary(job: Job) -> list[tuple[str, str]]:
     s, model = job.run.settings, job.model
     count = sum(p.numel() for p in model.module.parameters())
     seconds = job.run.timings()
+    masks = (
+        "masks",
+        f"update {'valid frames' if s.mask_update else 'all frames'} (M_U {'on' if s.mask_update else 'off'}), "
+        f"score {'valid frames' if s.mask_score else 'all frames'} (M_L {'on' if s.mask_score else 'off'})",
+    )
     return [
         ("model", f"{Path(s.model).name or 'in memory'}, {count / 1e6:.2f} M parameters, {model.objective}-objective"),
         ("training tracks", str(len(job.tracks))),
         ("queries", str(len(job.queries))),
         ("layers", ", ".join(s.layers)),
         ("draws", f"{s.fisher_draws} Fisher, {s.update_draws} update, {s.score_draws} score; plan {s.plan}, seed {s.seed}"),
-        ("masks", f"update {'valid frames' if s.mask_update else 'all frames'} (M_U {'on' if s.mask_update else 'off'}), "
-                  f"score {'valid frames' if s.mask_score else 'all frames'} (M_L {'on' if s.mask_score else 'off'})"),
+        *([masks] if job.measured else []),
         ("damping", ", ".join([f"{s.damping:g} of the mean Fisher"] * bool(job.measured)
                               + [f"ridge {s.ridge:g} of the mean squared length"] * (RIDGE in s.functions))),
         ("precision", f"{s.dtype} model, losses summed in float64"),
