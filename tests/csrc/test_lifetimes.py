@@ -191,7 +191,15 @@ def test_held_buffers_are_said_after_the_patience(data):
 # -- signals, forks, the end of the process -------------------------------------------------------
 
 
-def test_a_signal_interrupts_the_wait(data):
+@pytest.fixture
+def interruptible():
+    """SIGINT as in a terminal: a process that a shell put into the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_interrupts_the_wait(data, interruptible):
     stream = data.stream(4, 30, buffers=2, patience=3600)
     held = [next(stream), next(stream)]
     timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
