@@ -71,6 +71,7 @@ def test_candidates_may_race(setting, tmp_path):
         "race_share": 1.0,
         "confidence": 0.999,
         "rescore": 4,
+        "plan": "track",
     }
     found = go(setting, tmp_path / "a", functions=("displacement",), **race)
     assert ((found.draws == 0).sum(axis=1) == 2).all() and found.draws.max() > 2

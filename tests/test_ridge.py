@@ -41,7 +41,7 @@ def settings(**more):
 
 def unit_gradients(model, tracks, purpose, draws, masked):
     """Per track and draw a gradient of length 1, by autograd: ``[N, draws, P]``."""
-    parameters, plan, out = select_parameters(model, LAYERS), DrawPlan(0, "track", 1), []
+    parameters, plan, out = select_parameters(model, LAYERS), DrawPlan(0, "shared", 1), []
     for i in range(len(tracks)):
         for d in range(draws):
             rows = noised_rows(model, tracks.batch([i], model.frames), [(0, d)], plan, purpose, masked)
@@ -58,7 +58,7 @@ def test_scores_and_errors_are_those_of_the_formula(sets, measured):
     phi = unit_gradients(model, tracks, "score", DRAWS, False).mean(axis=1)
     kernel = phi @ phi.T
     damped = kernel + 0.3 * np.trace(kernel) / len(kernel) * np.eye(len(kernel))
-    asked = unit_gradients(model, queries, "update", ASKED, True)
+    asked = unit_gradients(model, queries, "update", ASKED, False)
     each = np.stack([np.linalg.solve(damped, phi @ asked[:, r::4].mean(axis=1).T).T for r in range(4)])
     expected, error = each.mean(axis=0), each.std(axis=0, ddof=1) / 2
     scale = np.abs(expected).max()

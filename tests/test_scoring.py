@@ -79,8 +79,10 @@ def test_a_damaged_entry_is_named(seed, tmp_path):
 
 def test_two_runs_fill_one_cache_at_the_same_time(seed, tmp_path):
     cache = tmp_path / "cache"
+    settings = forks.small(**FORWARD, cache=str(cache))
+    # Made one after the other: models are drawn from torch's one generator.
     threads = [
-        threading.Thread(target=run, args=(seed, tmp_path / name), kwargs={"cache": str(cache)})
+        threading.Thread(target=attribute, args=(*forks.make(seed), settings, tmp_path / name))
         for name in "ab"
     ]
     for thread in threads:
