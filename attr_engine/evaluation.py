@@ -10,7 +10,7 @@ import numpy as np
 
 from attr_engine import judge
 from attr_engine.controls import control_scores
-from attr_engine.counterfactuals import RANDOM, WHOLE, Truth
+from attr_engine.counterfactuals import HALF, RANDOM, WHOLE, Truth
 from attr_engine.evaluate import clusters, parents_of
 from attr_engine.jobs import Query
 from attr_engine.judge import Estimate
@@ -101,7 +101,7 @@ _PAIRED = ["low", "high", "first minus this", "low", "high"]
 
 def lds_table(case: Case, truth: Truth) -> Table | None:
     """Linear datamodelling score over the random halves; None where there are none."""
-    if "half" not in truth.what:
+    if HALF not in truth.what:
         return None
     kept, losses = truth.halves()
     losses = losses[:, :, truth.columns([q.id for q in case.queries])]

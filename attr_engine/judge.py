@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from attr_engine.errors import UserError
-from attr_engine.result import order_of, ranks
+from attr_engine.evaluate import average_precision, self_rank
+from attr_engine.result import order_of
 
 _RESAMPLES = 4000
 
@@ -152,8 +153,6 @@ def precision_without(
     scores: np.ndarray, tracks: Sequence[str], relevant: frozenset[str], ignored: frozenset[str]
 ) -> float:
     """Average precision of the relevant tracks, the ignored ones (relatives of another kind) taken out of the ranking."""
-    from attr_engine.evaluate import average_precision
-
     keep = [i for i, name in enumerate(tracks) if name in relevant or name not in ignored]
     return average_precision(scores[keep], [tracks[i] for i in keep], relevant)
 
@@ -217,10 +216,4 @@ def self_ranks(
     Returns:
         int64 ``[T]``. Copies of other tracks that stand before it count each.
     """
-    place = {name: i for i, name in enumerate(tracks)}
-    return np.array(
-        [ranks(row)[[place[n] for n in clusters[t]]].min() for row, t in zip(scores, targets, strict=True)]
-    )
-
-
-Statistic = Callable[[np.ndarray], Estimate]
+    return np.array([self_rank(row, tracks, clusters[t]) for row, t in zip(scores, targets, strict=True)])
