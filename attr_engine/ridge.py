@@ -54,11 +54,16 @@ def index_folder(job: Job) -> Path:
     return known or job.run.path / FOLDER
 
 
-def ridge_stage(job: Job) -> Solved:
-    """Build the index, or take the one that is there, and ask it for every query."""
+def index_stage(job: Job) -> Index:
+    """Build the index, or take the one that is there."""
     job.run.record()
     with job.run.stage("index"):
-        index = build_index(job.model, job.tracks, index_folder(job), index_settings(job))
+        return build_index(job.model, job.tracks, index_folder(job), index_settings(job))
+
+
+def ridge_stage(job: Job) -> Solved:
+    """Build the index and ask it for every query."""
+    index = index_stage(job)
     path = job.run.path / SCORES
     key = key_of(
         index.meta["key"],
