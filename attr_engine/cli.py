@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attr_engine import cli_grid, cli_judge, cli_options, cli_robustness, cli_rollup
+from attr_engine import cli_compare, cli_grid, cli_judge, cli_options, cli_robustness, cli_rollup
 from attr_engine.errors import UserError, printable
 
 if TYPE_CHECKING:
@@ -305,7 +305,7 @@ _COMMANDS: dict[str, Any] = {
     "fisher": _run, "unlearn": _run,
     "score": _run, "attribute": _run, "report": _run, "rollup": cli_rollup.rollup,
     "retrain": cli_judge.retrain, "evaluate": cli_judge.evaluate, "grid": cli_grid.grid, "figures": cli_grid.figures,
-    "robustness": cli_robustness.robustness,
+    "robustness": cli_robustness.robustness, "compare": cli_compare.compare,
     "demo": _demo, "doctor": _doctor,
 }  # fmt: skip
 

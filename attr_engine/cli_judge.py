@@ -13,6 +13,7 @@ from attr_engine.errors import UserError
 if TYPE_CHECKING:
     from attr_engine.counterfactuals import Truth
     from attr_engine.evaluation import Case
+    from attr_engine.jobs import Query
     from attr_engine.models.stable_audio import StableAudioDenoiser
     from attr_engine.report.data import Table
     from attr_engine.result import Attribution
@@ -210,6 +211,15 @@ def evaluate(args: argparse.Namespace) -> None:
     print(f"written: {out / 'evaluation.md'} and .json")
 
 
+def only_where(queries: Sequence[Query], where: str) -> list[Query]:
+    """Queries whose metadata say ``COLUMN=VALUE``, and training tracks; all of them where nothing is asked."""
+    column, _, value = where.partition("=")
+    return [
+        q for q in queries
+        if not column or q.kind == "training track" or str(q.tracks.info[q.index].get(column)) == value
+    ]  # fmt: skip
+
+
 def _case(args: argparse.Namespace) -> tuple[Case, StableAudioDenoiser]:
     """Scores of all methods for the queries that all of them have, with the controls; and the model."""
     import numpy as np
@@ -232,11 +242,7 @@ def _case(args: argparse.Namespace) -> tuple[Case, StableAudioDenoiser]:
     sets = [LatentDataset(q) for q in args.queries or settings.get("queries") or ()]
     asked = {name for name, _ in first.updates}
     own = [name for name in tracks.ids if name in asked]
-    column, _, value = args.where.partition("=")
-    queries = [
-        q for q in make_queries(tracks, sets, own)
-        if q.id in asked and (not column or q.kind == "training track" or str(q.tracks.info[q.index].get(column)) == value)
-    ]  # fmt: skip
+    queries = [q for q in only_where(make_queries(tracks, sets, own), args.where) if q.id in asked]
     methods: dict[str, np.ndarray] = {}
     for name, table in given.items():
         if list(table.tracks) != list(first.tracks):

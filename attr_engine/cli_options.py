@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attr_engine import cli_grid, cli_index, cli_robustness
+from attr_engine import cli_compare, cli_grid, cli_index, cli_robustness
 from attr_engine.cli_index import add_command
 from attr_engine.cli_judge import add_judges
 from attr_engine.cli_rollup import add_rollup
@@ -289,6 +289,7 @@ def parser() -> argparse.ArgumentParser:
     _add_settings(cli_grid.add_grid(commands), AXES, LEFT_OUT)
     cli_grid.add_figures(commands)
     _add_settings(cli_robustness.add_robustness(commands), left_out=cli_robustness.NOT_USED)
+    _add_settings(cli_compare.add_compare(commands), left_out=cli_compare.NOT_USED)
     p = add_command(
         commands,
         "demo",

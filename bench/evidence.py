@@ -26,12 +26,13 @@ import evidence_tables as report  # noqa: E402
 import numpy as np  # noqa: E402
 import stream_report  # noqa: E402
 import torch  # noqa: E402
-from evidence_kernels import items_of, kernels  # noqa: E402
+from evidence_kernels import Item, items_of, kernels  # noqa: E402
 from evidence_sets import Sets, part_of  # noqa: E402
+from evidence_timesteps import products  # noqa: E402
 from evidence_updates import ByKernel, by_curvature, run  # noqa: E402
 
-PARTS = ("sets", "methods", "curvature", "retrain", "lds", "sweep", "projection", "relations", "removal", "groups", "planted", "self",
-         "collapse", "abstention")  # fmt: skip
+PARTS = ("sets", "methods", "curvature", "quarters", "retrain", "lds", "sweep", "timesteps", "projection", "relations", "removal",
+         "groups", "planted", "self", "collapse", "abstention")  # fmt: skip
 GRADIENTS = (("squared_norm", "shared", "none"), ("squared_norm", "shared", "both"), ("squared_norm", "shared", "mixed"),
              ("squared_norm", "track", "mixed"), ("loss", "shared", "none"), ("loss", "track", "mixed"))  # fmt: skip
 
@@ -54,7 +55,7 @@ def main() -> int:
     result: dict[str, Any] = json.loads(args.json.read_text()) if args.json.exists() else {}
     for part in args.only:
         started = time.perf_counter()
-        if part in ("sets", "methods", "curvature", "retrain"):
+        if part in ("sets", "methods", "curvature", "quarters", "retrain"):
             globals()[f"make_{part}"](sets, args)
         else:
             result[part] = getattr(judged, part)(sets)
@@ -160,6 +161,15 @@ def make_curvature(sets: Sets, args: argparse.Namespace) -> None:
                 found[f"{name}, damping {damping:g}: {function}"] = scores
     np.savez(path, ids=np.array([q.id for q in asked]), **found)
     gradients.unlink()
+
+
+def make_quarters(sets: Sets, args: argparse.Namespace) -> None:
+    """Products of gradients by quarters of the timesteps, for the choosing part."""
+    asked = [q for q in sets.queries("known", "generated") if part_of(q) == "choose"]
+    items = [*items_of(sets.tracks, [], []), *(Item(q.tracks, q.index, "update") for q in asked)]
+    if not sets.quarters.exists():
+        found = products(sets.model, len(sets.tracks), items, judged.plan("shared"))
+        np.savez(sets.quarters, ids=np.array([q.id for q in asked]), products=found)
 
 
 def make_retrain(sets: Sets, args: argparse.Namespace) -> None:

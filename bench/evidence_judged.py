@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from evidence_kernels import AVERAGING, DRAWS, GROUPS, name_of, ridge
 from evidence_sets import Sets, part_of, relation_of
+from evidence_timesteps import WEIGHTS
+from evidence_timesteps import scores as weighted_scores
 from evidence_updates import matrices, together
 
 from attr_engine import abstain, embed, evaluation, judge
@@ -162,6 +164,20 @@ def sweep(sets: Sets) -> dict[str, Any]:
         curvature = {name: _lds(sets, file[name], queries).tolist() for name in file.files if name != "ids"}
     return {"columns": ["function", "plan", "masks", "averaging", "layers", "draws", "lambda", "LDS"], "rows": rows,
             "queries": len(asked), "curvature": curvature}  # fmt: skip
+
+
+def timesteps(sets: Sets) -> dict[str, Any]:
+    """LDS on the choosing part, by query, of the kernel method with weighted timesteps, each weighting at its best lambda."""
+    asked, found = _asked(sets, "choose"), {}
+    with np.load(sets.quarters) as file:
+        kept = file["products"]
+        if file["ids"].tolist() != [q.id for q in asked]:
+            raise SystemExit(f"{sets.quarters} is of other queries: remove it")
+    for name, weights in WEIGHTS.items():
+        options = {x: _lds(sets, weighted_scores(kept, weights, x), asked) for x in LAMBDAS}
+        best = max(options, key=lambda x: float(np.nanmean(options[x])))
+        found[name] = {"lambda": best, "LDS": options[best].tolist()}
+    return found
 
 
 def projection(sets: Sets) -> dict[str, Any]:

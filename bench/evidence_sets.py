@@ -72,6 +72,11 @@ class Sets:
         """The file of inner products of whole gradients."""
         return self.out / "kernels" / f"{function}_{plan}_{masks}.npz"
 
+    @property
+    def quarters(self) -> Path:
+        """The file of products by quarters of the timesteps."""
+        return self.out / "quarters.npz"
+
     def queries(self, *names: str) -> list[Query]:
         """Queries of some sets, in order; ``targets`` are training tracks."""
         out: list[Query] = []

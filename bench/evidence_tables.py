@@ -74,6 +74,22 @@ def sweep_table(found: Mapping[str, Any]) -> str:
     )
 
 
+def timesteps_table(found: Mapping[str, Any]) -> str:
+    """Weightings by their mean, and the paired difference of all alike to each."""
+    first = np.array(next(iter(found.values()))["LDS"])
+    rows = []
+    for name, row in sorted(found.items(), key=lambda item: -np.mean(item[1]["LDS"])):
+        each = np.array(row["LDS"])
+        gap = "" if (each == first).all() else text(judge.bootstrap(first - each))
+        rows.append([name, text(judge.bootstrap(each)), f"{row['lambda']:g}", gap])
+    note = f"{len(first)} queries of the choosing part, whole gradients of single draws at length 1, 16 shared draws."
+    return (
+        note
+        + "\n\n"
+        + markdown(["weight of a timestep", "LDS", "lambda", "all alike minus this, paired"], rows)
+    )
+
+
 def projection_table(found: Mapping[str, Any]) -> str:
     """Each projection at its best lambda."""
     best: dict[tuple[Any, ...], tuple[float, float]] = {}
@@ -186,6 +202,7 @@ _SECTIONS = (
     ("removal", "Removal", plain),
     ("groups", "One family or artist left out", plain),
     ("sweep", "What the settings were chosen from", sweep_table),
+    ("timesteps", "Weighting timesteps", timesteps_table),
     ("projection", "What a projection loses", projection_table),
     ("relations", "What retraining says about relatives", relations_table),
     ("planted", "Planted relations: mean average precision", planted_table),

@@ -79,11 +79,13 @@ class Entry:
         make: the dataclass.
         kind: one of :data:`KINDS`.
         text: one line: what it does and who described it.
+        needs: what a user has to name first, such as a checkpoint; empty where the method works as it is.
     """
 
     make: Callable[..., Method]
     kind: str
     text: str
+    needs: str = ""
 
 
 METHODS: dict[str, Entry] = {}
@@ -92,19 +94,20 @@ METHODS: dict[str, Entry] = {}
 _T = typing.TypeVar("_T", bound=type)
 
 
-def method(name: str, kind: str, text: str) -> Callable[[_T], _T]:
+def method(name: str, kind: str, text: str, needs: str = "") -> Callable[[_T], _T]:
     """Register a frozen dataclass with ``fit`` as a method.
 
     Args:
         name: what users call it.
         kind: one of :data:`KINDS`.
         text: one line for lists: what it does, and its source.
+        needs: what a user has to name first.
     """
 
     def register(cls: _T) -> _T:
         if kind not in KINDS or name in METHODS:
             raise ValueError(f"method {name!r} of kind {kind!r}: a name may stand once, kinds are {KINDS}")
-        METHODS[name] = Entry(cls, kind, text)
+        METHODS[name] = Entry(cls, kind, text, needs)
         return cls
 
     return register

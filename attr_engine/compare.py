@@ -1,0 +1,204 @@
+"""Methods side by side: the same queries asked of each, what it said and what it cost, judged by the same tables."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from attr_engine.counterfactuals import Truth
+from attr_engine.errors import UserError
+from attr_engine.evaluation import Case, Cell, tables, with_controls
+from attr_engine.files import write_json, writing_in
+from attr_engine.jobs import Query
+from attr_engine.latents.batch import Tracks
+from attr_engine.methods.base import METHODS, Method, Workspace, no_progress, parse
+from attr_engine.models.checkpoint import read_json
+from attr_engine.models.protocol import Denoiser
+from attr_engine.pipeline import SCORES_PARQUET
+from attr_engine.report.data import Table
+from attr_engine.result import Attribution
+from attr_engine.retrain import query_losses
+from attr_engine.runs import key_of
+from attr_engine.settings import Settings, decisive
+from attr_engine.tensorfile import load_tensors, save_tensors
+
+COSTS, WORK, BASE = "costs.json", "work", "base.safetensors"
+_PATHS = ("model", "weights", "data", "queries")
+BASE_DRAWS = 8  # of the control by training loss
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a method said and what that took.
+
+    Attributes:
+        name: as it was asked for, options and all.
+        scores: float64 ``[Q, N]``, larger = more responsible.
+        once: seconds of ``fit``, over all sittings.
+        each: seconds a query.
+        kept: bytes in its folder after ``fit``.
+    """
+
+    name: str
+    scores: np.ndarray
+    once: float
+    each: float
+    kept: int
+
+
+def without_needs() -> list[str]:
+    """Methods that work as they are, without a checkpoint or the like."""
+    return [name for name, entry in METHODS.items() if not entry.needs]
+
+
+def folder_of(name: str) -> str:
+    """A folder's name for a method with its options."""
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:60]
+    return plain if plain == name else f"{plain}-{key_of(name)[:8]}"
+
+
+def ask(
+    name: str, model: Denoiser, tracks: Tracks, queries: Sequence[Query], settings: Settings, out: Path,
+    progress: Callable[[str, str], Callable[[int, int], None]] = no_progress,
+) -> Answer:  # fmt: skip
+    """Fit one method and score all queries, or read what an earlier call finished.
+
+    Args:
+        name: what :func:`attr_engine.methods.parse` takes.
+        model: theta_0.
+        tracks: the training tracks, N.
+        queries: Q, each id once.
+        settings: layers, draws and so on of white-box methods; its paths are written down for later commands.
+        out: folder of the method: ``scores.parquet``, ``costs.json`` and whatever it keeps.
+        progress: makes progress callbacks.
+
+    Raises:
+        UserError: the method is unknown, lacks something, or gave no finite ``[Q, N]``.
+    """
+    _, chosen = parse(name)
+    with writing_in(out):
+        out.mkdir(parents=True, exist_ok=True)
+        costs = _costs(out / COSTS)
+        started = time.perf_counter()
+        fitted = chosen.fit(model, tracks, Workspace(out / WORK, settings, progress))
+        key = _key(chosen, model, tracks, queries, settings, getattr(fitted, "fingerprint", ""))
+        path = out / SCORES_PARQUET
+        known = Attribution.from_parquet(path) if path.exists() else None
+        if known is not None and known.meta.get("key") == key:
+            return Answer(name, next(iter(known.values.values())), **costs["finished"])
+        costs["once"] = costs.get("once", 0.0) + time.perf_counter() - started
+        costs["kept"] = sum(p.stat().st_size for p in out.rglob("*") if p.is_file() and p.parent != out)
+        write_json(out / COSTS, costs)
+        started = time.perf_counter()
+        scores = np.asarray(fitted.score(queries), dtype=np.float64)
+        each = (time.perf_counter() - started) / len(queries)
+        if scores.shape != (len(queries), len(tracks)) or not np.isfinite(scores).all():
+            raise UserError(
+                f"method {name!r} gave scores {list(scores.shape)}, {int((~np.isfinite(scores)).sum())} of them not finite, for "
+                f"{len(queries)} queries and {len(tracks)} tracks: leave it out, or look at its options"
+            )
+        finished = {"once": costs["once"], "each": each, "kept": costs["kept"]}
+        _table(name, scores, tracks, queries, settings, key).to_parquet(path)
+        write_json(out / COSTS, {**costs, "finished": finished})
+        return Answer(name, scores, **finished)
+
+
+def _costs(path: Path) -> dict[str, Any]:
+    return read_json(path, "record of costs") if path.exists() else {}
+
+
+def _key(
+    chosen: Method, model: Denoiser, tracks: Tracks, queries: Sequence[Query], settings: Settings, more: str
+) -> str:
+    asked = [(q.tracks.fingerprint, q.index) for q in queries]
+    values = {
+        name: value for name, value in decisive(settings).items() if name not in (*_PATHS, "self_influence")
+    }
+    return key_of(
+        type(chosen).__name__, vars(chosen), model.fingerprint, tracks.fingerprint, asked, values, more
+    )
+
+
+def _table(
+    name: str, scores: np.ndarray, tracks: Tracks, queries: Sequence[Query], settings: Settings, key: str
+) -> Attribution:
+    """Scores in the form that runs have them: for retrain, evaluate and figures."""
+    paths = {name: value for name, value in decisive(settings).items() if name in _PATHS}
+    return Attribution(
+        list(tracks.ids), [(q.id, 0.0) for q in queries], {name: scores}, {name: np.full_like(scores, np.nan)},
+        np.full(len(tracks), np.nan), {"method": name, "key": key, "settings": paths},
+        np.ones(scores.shape, dtype=np.int64),
+    )  # fmt: skip
+
+
+def base_losses(model: Denoiser, tracks: Tracks, path: Path) -> np.ndarray:
+    """Loss of every track under theta_0, ``[N]``, kept: for the control by training loss."""
+    import torch
+
+    key = key_of(model.fingerprint, tracks.fingerprint, BASE_DRAWS)
+    if not path.exists():
+        found = query_losses(model, tracks, BASE_DRAWS).mean(axis=1)
+        save_tensors(path, {"base": torch.from_numpy(found)}, {"key": key})
+    return np.asarray(load_tensors(path, key)[0]["base"].numpy())
+
+
+def judged(
+    answers: Sequence[Answer], tracks: Tracks, queries: Sequence[Query], base: np.ndarray, frames: int, truth: Truth | None
+) -> tuple[Case, list[Table]]:  # fmt: skip
+    """The case with the controls, and every table about it, the one of all methods first."""
+    case = with_controls(Case(tracks, queries, {a.name: a.scores for a in answers}), base, frames)
+    found = tables(case, truth)
+    return case, [method_table(case, answers, found), *found]
+
+
+def method_table(case: Case, answers: Sequence[Answer], found: Sequence[Table]) -> Table:
+    """A row a method: how it was judged and what it cost; controls below."""
+    costs = {a.name: a for a in answers}
+    own = _pick(found, "Rank of a training track", "mean rank", {"targets": "all"})
+    columns: dict[str, Mapping[str, float]] = {
+        "LDS": _pick(found, "Linear datamodelling", "LDS"),
+        "removal, % more loss": _pick(found, "Removal", "loss, % more"),
+        "rank of itself": own,
+        "planted mAP": _pick(found, "Planted", "mAP"),
+        "one track in top 10": _pick(found, "Collapse", "one track in top 10"),
+        "alike for all queries": _pick(found, "Collapse", "correlation"),
+    }
+    columns = {name: values for name, values in columns.items() if values}
+    rows: list[list[Cell]] = []
+    for name in case.methods:
+        entry, cost = METHODS.get(name.partition(":")[0]), costs.get(name)
+        row: list[Cell] = [name, entry.kind if entry and cost else "control"]
+        row += [values.get(name, "") for values in columns.values()]
+        rows.append([*row, *([round(cost.once, 1), round(cost.each, 3), round(cost.kept / len(case.tracks) / 1e3, 1)]
+                             if cost else ["", "", ""])])  # fmt: skip
+    note = (
+        f"{len(case.queries)} queries, {len(case.tracks)} tracks; intervals in the tables below. Planted mAP: mean over the queries of all "
+        "relations. Alike: mean rank correlation between the scores of two queries."
+    )
+    return Table("Methods", ["method", "looks at", *columns, "seconds once", "seconds a query", "kB a track"], rows, note)  # fmt: skip
+
+
+def _pick(
+    found: Sequence[Table], title: str, column: str, where: Mapping[str, str] | None = None
+) -> dict[str, float]:
+    """Method to a column of the table with this title; the mean, weighted by queries, where it has several rows."""
+    table = next((t for t in found if t.title.startswith(title)), None)
+    if table is None:
+        return {}
+    place = {name: i for i, name in reversed(list(enumerate(table.columns)))}
+    sums: dict[str, list[tuple[float, float]]] = {}
+    for row in table.rows:
+        value, weight = row[place[column]], row[place["queries"]] if "queries" in place else 1
+        right = all(row[place[k]] == v for k, v in (where or {}).items())
+        if right and isinstance(value, int | float) and isinstance(weight, int | float):
+            sums.setdefault(str(row[0]), []).append((value, weight))
+    return {
+        name: round(sum(v * w for v, w in pairs) / sum(w for _, w in pairs), 4)
+        for name, pairs in sums.items()
+    }

@@ -1,0 +1,159 @@
+"""Methods side by side: what each said is what is judged, nothing is asked twice, and costs are told."""
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from helpers import ToyDenoiser, make_tracks
+
+from attr_engine import Settings
+from attr_engine.compare import Answer, ask, folder_of, judged
+from attr_engine.errors import UserError
+from attr_engine.jobs import Query
+from attr_engine.methods import METHODS, method, option, parse
+
+CALLS: list[str] = []
+
+
+@dataclass(frozen=True)
+class Toy:
+    """Scores by the place of a track, with or without something wrong."""
+
+    sign: float = option(1.0, "of the scores")
+    wrong: bool = option(False, "one score is NaN")
+
+    def fit(self, model, tracks, work):
+        CALLS.append("fit")
+        work.folder.mkdir(parents=True, exist_ok=True)
+        (work.folder / "kept").write_bytes(b"x" * 1000)
+        return FittedToy(self, len(tracks))
+
+
+@dataclass(frozen=True)
+class FittedToy:
+    toy: Toy
+    count: int
+
+    def score(self, queries):
+        CALLS.append("score")
+        rows = np.stack([np.roll(np.arange(self.count, dtype=float), q.index) for q in queries])
+        if self.toy.wrong:
+            rows[0, 0] = np.nan
+        return self.toy.sign * rows
+
+
+@pytest.fixture
+def place(seed, rng, monkeypatch):
+    monkeypatch.setitem(METHODS, "toy", None)
+    del METHODS["toy"]
+    method("toy", "gradient", "a toy")(Toy)
+    CALLS.clear()
+    model, tracks = ToyDenoiser(seed), make_tracks(rng, 6, 3, 10)
+    return model, tracks, [Query(make_tracks(rng, 4, 3, 10, "q"), i, "") for i in range(4)]
+
+
+def test_what_is_there_is_not_asked_again_and_what_differs_is(place, tmp_path):
+    model, tracks, queries = place
+    first = ask("toy", model, tracks, queries, Settings(), tmp_path / "a")
+    assert CALLS == ["fit", "score"] and first.kept >= 1000
+    np.testing.assert_array_equal(
+        first.scores, parse("toy")[1].fit(model, tracks, _work(tmp_path)).score(queries)
+    )
+    CALLS.clear()
+    again = ask("toy", model, tracks, queries, Settings(), tmp_path / "a")
+    assert "score" not in CALLS
+    np.testing.assert_array_equal(again.scores, first.scores)
+    assert (again.once, again.each, again.kept) == (first.once, first.each, first.kept)
+    for changed in ({"queries": queries[:3]}, {"settings": Settings(seed=1)}):
+        CALLS.clear()
+        ask(
+            "toy",
+            model,
+            tracks,
+            **{"queries": queries, "settings": Settings(), **changed},
+            out=tmp_path / "a",
+        )
+        assert "score" in CALLS
+
+
+def _work(path):
+    from attr_engine.methods import Workspace
+
+    return Workspace(path / "work")
+
+
+def test_scores_that_are_no_scores_are_refused_by_name(place, tmp_path):
+    model, tracks, queries = place
+    with pytest.raises(UserError, match=r"method 'toy:wrong=yes' gave scores \[4, 6\], 1 of them not finite"):
+        ask("toy:wrong=yes", model, tracks, queries, Settings(), tmp_path / "a")
+    assert not (tmp_path / "a" / "scores.parquet").exists()
+
+
+def test_the_table_says_of_every_method_what_it_cost_and_of_controls_nothing(place, rng):
+    _, tracks, queries = place
+    scores = rng.normal(size=(4, 6))
+    answers = [Answer("toy", scores, 2.0, 0.5, 6000), Answer("toy:sign=-1", -scores, 3.0, 0.25, 12000)]
+    case, tables = judged(answers, tracks, queries, rng.random(6), 10, None)
+    rows = {row[0]: dict(zip(tables[0].columns, row, strict=True)) for row in tables[0].rows}
+    assert list(rows)[:2] == ["toy", "toy:sign=-1"] and list(case.methods) == list(rows)
+    assert (
+        rows["toy:sign=-1"] | {"seconds once": 3.0, "seconds a query": 0.25, "kB a track": 2.0}
+        == rows["toy:sign=-1"]
+    )
+    assert rows["toy"]["looks at"] == "gradient" and rows["random (control)"]["seconds once"] == ""
+    collapse = next(t for t in tables if t.title.startswith("Collapse"))
+    for row in collapse.rows:
+        assert rows[row[0]]["alike for all queries"] == row[1]
+
+
+def test_folders_of_methods_differ_and_are_plain():
+    names = ["ridge", "ridge:rank=4", "ridge:rank=8", "clap:checkpoint=/a/b.pt", "clap:checkpoint=/a-b.pt"]
+    assert len({folder_of(n) for n in names}) == len(names)
+    assert all("/" not in folder_of(n) and folder_of("ridge") == "ridge" for n in names)
+
+
+def test_the_command_says_what_there_is(capsys):
+    from attr_engine.cli import main
+
+    assert main(["compare", "--list"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {name}: {entry.text}" in out for name, entry in METHODS.items())
+    assert main(["compare", "--methods", "rigde", "--out", "x"]) == 2
+    assert "there is no method 'rigde'" in capsys.readouterr().err
+
+
+def test_the_command_compares_judges_and_draws(tmp_path, rng, capsys):
+    pytest.importorskip("stable_audio_tools")
+    pytest.importorskip("matplotlib")
+    from test_retrain import write_set
+    from test_train import make_config
+
+    from attr_engine import train
+    from attr_engine.cli import main
+    from attr_engine.latents import LatentDataset
+
+    info = {i: {"family": "fg"[i % 2], "relation": "original", "seconds": 3.0} for i in range(6)}
+    write_set(tmp_path / "data", rng, 6, info=info)
+    write_set(
+        tmp_path / "queries", rng, 3, "q", {i: {"parents": "t0;t2", "relation": "gain"} for i in range(3)}
+    )
+    train.train_diffusion(make_config(), LatentDataset(tmp_path / "data"), tmp_path / "model", 4, batch=2)
+    call = ["compare", "--methods", "ridge", "skew:strength=0.1", "--model", str(tmp_path / "model"), "--data", str(tmp_path / "data"),
+            "--queries", str(tmp_path / "queries"), "--self-influence", "t1", "--update-draws", "4", "--score-draws", "4",
+            "--out", str(tmp_path / "out")]  # fmt: skip
+    assert main(call) == 0
+    tables = json.loads((tmp_path / "out" / "methods.json").read_text())
+    assert [row[0] for row in tables[0]["rows"]][:2] == ["ridge", "skew:strength=0.1"]
+    assert (tmp_path / "out" / "figure2.png").stat().st_size > 1000
+    scored = tmp_path / "out" / "methods" / folder_of("ridge") / "scores.parquet"
+    assert main(["evaluate", str(scored), "--out", str(tmp_path / "judged")]) == 0
+    before = scored.stat().st_mtime_ns
+    assert main(call) == 0
+    assert scored.stat().st_mtime_ns == before
+    capsys.readouterr()
+    assert (
+        main([*call, "--where", "relation=none", "--queries", str(tmp_path / "queries")]) == 0
+    )  # the target is left
+    assert main([*call[:-2], "--out", str(tmp_path / "other"), "--update-draws", "3"]) == 2
+    assert "no method could be asked" in capsys.readouterr().err
