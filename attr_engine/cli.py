@@ -189,7 +189,12 @@ def _index(args: argparse.Namespace) -> None:
     if rank() == 0:
         tracks, width = index.features.shape
         print(f"{tracks} tracks of {width} numbers ({index.features.nbytes / 1e6:.3g} MB) in {args.out}")
-        print("\n".join(sentences(index.meta["recall"], settings.numbers)))
+        recall = index.meta.get("recall")
+        print(
+            "\n".join(sentences(recall, settings.numbers))
+            if recall
+            else "its recall was not measured when it was built"
+        )
 
 
 def _search(args: argparse.Namespace) -> None:

@@ -240,7 +240,7 @@ def _case(args: argparse.Namespace) -> tuple[Case, StableAudioDenoiser]:
     if list(tracks.ids) != list(first.tracks):
         raise UserError(f"{paths['data']} does not hold the tracks of the first table: give them with --data")
     sets = [LatentDataset(q) for q in args.queries or settings.get("queries") or ()]
-    asked = {name for name, _ in first.updates}
+    asked = set.intersection(*({name for name, _ in table.updates} for table in given.values()))
     own = [name for name in tracks.ids if name in asked]
     queries = [q for q in only_where(make_queries(tracks, sets, own), args.where) if q.id in asked]
     methods: dict[str, np.ndarray] = {}

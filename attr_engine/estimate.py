@@ -17,7 +17,7 @@ import torch
 
 from attr_engine.errors import UserError
 from attr_engine.fisher import FisherSettings, fisher_units
-from attr_engine.index_store import META
+from attr_engine.index_store import META, Maker
 from attr_engine.jobs import Job, Work, fisher_work, make_job, ridge_work, score_work, unit_sizes, update_work
 from attr_engine.latents.batch import Tracks
 from attr_engine.latents.manifest import MANIFEST
@@ -184,9 +184,12 @@ def _disk(job: Job, stage: str, work: Work, group: int) -> tuple[int, int]:
             len(job.tracks), FisherSettings(s.layers, job.plan, s.fisher_draws, rows=job.rows)
         )
         return (len(units) + 1) * group, group
-    if stage == "ridge":  # units of float32 numbers beside the rows that are kept
-        rows = len(job.tracks) * index_settings(job).width
-        return 14 * rows, 2 * rows
+    if stage == "ridge":  # units of float32 numbers beside the rows in float16 and the solve in float64
+        settings, tracks = index_settings(job), len(job.tracks)
+        numbers = Maker(job.model, settings).width
+        width = min(settings.width or numbers, numbers, tracks)
+        kept = width * (2 * tracks + 8 * numbers) + 16 * len(job.queries) * tracks
+        return 4 * tracks * numbers + kept, kept
     if stage == "unlearn":
         return work.written * group, work.written * group
     updates = len(job.queries) * len(s.strengths)

@@ -85,7 +85,11 @@ def _refuse_other(folder: Path, there: dict[str, Any], wanted: dict[str, Any]) -
 
 
 def build_index(
-    model: Denoiser, tracks: Tracks, folder: str | Path, settings: IndexSettings | None = None
+    model: Denoiser,
+    tracks: Tracks,
+    folder: str | Path,
+    settings: IndexSettings | None = None,
+    recall: bool = True,
 ) -> Index:
     """Build an index, or carry on with one; several processes of one ``torchrun`` share the work.
 
@@ -94,6 +98,8 @@ def build_index(
         tracks: the training tracks.
         folder: of the index.
         settings: see :class:`IndexSettings`.
+        recall: whether to measure what projection and storage lose (:mod:`attr_engine.index_recall`), which on small sets takes
+            longer than the index; not for an index that is there.
 
     Raises:
         UserError: unusable settings or tracks, a model whose per-sample gradients in a batch are not those of single
@@ -108,11 +114,11 @@ def build_index(
     maker = Maker(model, settings)
     maker.compare(tracks)
     with writing_in(folder):
-        _build(maker, tracks, folder, wanted)
+        _build(maker, tracks, folder, wanted, recall)
     return Index.open(folder)
 
 
-def _build(maker: Maker, tracks: Tracks, folder: Path, wanted: dict[str, Any]) -> None:
+def _build(maker: Maker, tracks: Tracks, folder: Path, wanted: dict[str, Any], recall: bool) -> None:
     """Compute the units that nobody else computes; then one process puts them together."""
     finished, begun = folder / META, folder / "units" / _BEGUN
     with held(folder / "locks" / "begin.lock", wait=True):
@@ -129,8 +135,8 @@ def _build(maker: Maker, tracks: Tracks, folder: Path, wanted: dict[str, Any]) -
         save_tensors(paths[i], {"features": maker(tracks, units[i], "score")}, {"key": wanted["key"]})
 
     run_units(paths, compute, finished, folder / "locks" / "index", lambda done: show(done, len(units)))
-    sample = draw_sample(maker, len(tracks))
-    gradients = _whole_gradients(maker, tracks, sample, folder, wanted["key"])
+    sample = draw_sample(maker, len(tracks)) if recall else None
+    gradients = _whole_gradients(maker, tracks, sample, folder, wanted["key"]) if sample else None
     with once(folder / "locks" / "index.lock", finished) as mine:
         if mine:
             remove_leftovers(folder)
@@ -204,9 +210,10 @@ def spectrum(parts: Iterator[Tensor], tracks: int, width: int) -> tuple[Tensor, 
 
 
 def _finish(
-    folder: Path, maker: Maker, tracks: Tracks, paths: Sequence[Path], wanted: dict[str, Any], sample: Sample, gradients: Gradients
+    folder: Path, maker: Maker, tracks: Tracks, paths: Sequence[Path], wanted: dict[str, Any],
+    sample: Sample | None, gradients: Gradients | None,
 ) -> None:  # fmt: skip
-    """Solve, put the rows of all units together, measure what was lost."""
+    """Solve, put the rows of all units together, measure what was lost where that was asked for."""
     settings, n, key = maker.settings, len(tracks), wanted["key"]
     values, vectors = spectrum(_features(paths, tracks, settings, key), n, maker.width)
     # The sum of the eigenvalues is that of the squared norms, so this lambda is relative to their mean.
@@ -223,12 +230,14 @@ def _finish(
             here = slice(total, total + len(features))
             rows, scales[here] = stored((features @ transform.T).numpy(), settings.numbers)
             out.write(rows.tobytes())
-            kept.append(features[[int(i) - total for i in sample.within(here)]])
+            if sample is not None:
+                kept.append(features[[int(i) - total for i in sample.within(here)]])
             total = here.stop
     tensors = {"transform": transform, "scales": torch.from_numpy(scales)}
     save_tensors(folder / SOLVER, tensors, {"key": key})
     write_json(folder / IDS, list(tracks.ids))
     meta: dict[str, Any] = {**wanted, "tracks": n, "width": len(transform)}
-    found = Sample(sample.tracks, sample.probes, sample.method, torch.cat(kept))
-    meta["recall"] = measure_recall(maker, tracks, Index(folder, meta), found, whole, gradients)
+    if sample is not None and gradients is not None:
+        found = Sample(sample.tracks, sample.probes, sample.method, torch.cat(kept))
+        meta["recall"] = measure_recall(maker, tracks, Index(folder, meta), found, whole, gradients)
     write_json(folder / META, meta)

@@ -163,7 +163,8 @@ class Index:
 
     Attributes:
         folder: where it is.
-        meta: settings, hashes, sizes, and under ``"recall"`` what :func:`attr_engine.index_recall.measure_recall` found.
+        meta: settings, hashes, sizes, and under ``"recall"`` what
+            :func:`attr_engine.index_recall.measure_recall` found, where it was asked.
     """
 
     folder: Path

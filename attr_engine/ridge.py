@@ -58,7 +58,7 @@ def index_stage(job: Job) -> Index:
     """Build the index, or take the one that is there."""
     job.run.record()
     with job.run.stage("index"):
-        return build_index(job.model, job.tracks, index_folder(job), index_settings(job))
+        return build_index(job.model, job.tracks, index_folder(job), index_settings(job), recall=False)
 
 
 def ridge_stage(job: Job) -> Solved:

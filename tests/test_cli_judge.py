@@ -1,6 +1,7 @@
 """``retrain`` and ``evaluate`` from end to end, and the sentences for what they cannot use."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from test_train import make_config  # noqa: E402
 
 from attr_engine import train  # noqa: E402
 from attr_engine.latents import LatentDataset  # noqa: E402
+from attr_engine.result import Attribution  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -71,6 +73,22 @@ def test_scores_are_judged_by_models_trained_again(place, capsys):
     table = next(t for t in found if "LDS" in t["title"])
     assert [row[0] for row in table["rows"]][0] == Settings().functions[0]
     assert "random (control)" in [row[0] for row in table["rows"]]
+
+
+def test_tables_of_other_queries_are_judged_on_those_that_all_have(place, capsys):
+    assert run(place) == 0
+    found = Attribution.from_parquet(place / "run" / "scores.parquet")
+    keep = [u for u, (name, _) in enumerate(found.updates) if name in ("q0", "q2")]
+    some = replace(
+        found, updates=[found.updates[u] for u in keep], values={k: v[keep] for k, v in found.values.items()},
+        errors={k: v[keep] for k, v in found.errors.items()}, draws=found.draws[keep],
+    )  # fmt: skip
+    some.to_parquet(place / "some.parquet")
+    assert (
+        main(["evaluate", str(place / "run"), str(place / "some.parquet"), "--out", str(place / "both")]) == 0
+    )
+    tables = json.loads((place / "both" / "evaluation.json").read_text())
+    assert {row[2] for t in tables if t["title"].startswith("Planted") for row in t["rows"]} == {2}
 
 
 def test_controls_refuse_what_stands_out_no_more(place, capsys):

@@ -10,12 +10,14 @@ import torch
 
 from attr_engine import Cancelled, UserError, attribute, dry_run
 from attr_engine.estimate import STAGES, estimate, left_of, mirrored
+from attr_engine.index_store import Index
 from attr_engine.jobs import Job, Work, make_queries, plan_of
 from attr_engine.monitor import Progress
 from attr_engine.pipeline import FISHER
 from attr_engine.probe import Probe
 from attr_engine.runs import Run
 from attr_engine.scoring import EFFECTS
+from attr_engine.tensorfile import load_tensors
 from attr_engine.updates import Update
 
 
@@ -165,6 +167,20 @@ def test_bytes_of_a_run_are_counted_from_shapes(world, tmp_path):
     assert numbers <= effects <= numbers + header
     csv = (tmp_path / "run" / "scores.csv").stat().st_size
     assert csv * 0.8 < tables < csv * 2
+
+
+def test_bytes_of_an_index_are_counted_from_shapes(world, tmp_path):
+    model, tracks, queries = world
+    settings = forks.small(functions=("ridge",))
+    found = next(
+        s for s in dry_run(model, tracks, queries, settings, tmp_path / "run").stages if s.name == "ridge"
+    )
+    attribute(model, tracks, queries, settings, tmp_path / "run")
+    folder = tmp_path / "run" / "index"
+    names = (folder / "features.npy", folder / "solver.safetensors", tmp_path / "run" / "ridge.safetensors")
+    assert found.kept_bytes <= sum(p.stat().st_size for p in names) <= found.kept_bytes + 4000
+    numbers = load_tensors(names[1], Index.open(folder).meta["key"])[0]["transform"].shape[1]
+    assert found.disk_bytes == found.kept_bytes + 4 * len(tracks) * numbers
 
 
 def test_processes_share_the_time(world, tmp_path, monkeypatch):

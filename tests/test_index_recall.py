@@ -106,6 +106,18 @@ def test_recall_depends_on_the_seed_alone_and_is_kept(setting, tmp_path):
     assert np.array_equal(draw_sample(maker, 1000).tracks, others[0]) and not np.array_equal(*others)
 
 
+def test_an_index_is_the_same_whether_its_recall_is_measured_or_not(setting, tmp_path, monkeypatch):
+    model, tracks, _ = setting
+    with_it = build_index(model, tracks, tmp_path / "a", WHOLE)
+    monkeypatch.setattr("attr_engine.index.whole_gradient", None)
+    without = build_index(model, tracks, tmp_path / "b", WHOLE, recall=False)
+    assert "recall" in with_it.meta and "recall" not in without.meta
+    np.testing.assert_array_equal(with_it.features, without.features)
+    assert (tmp_path / "a" / "solver.safetensors").read_bytes() == (
+        tmp_path / "b" / "solver.safetensors"
+    ).read_bytes()
+
+
 def test_candidates_are_judged_by_an_exhaustive_run(setting, tmp_path, rng):
     model, tracks, queries = setting
     index = build_index(model, tracks, tmp_path / "index", IndexSettings(("all",), draws=2, rank=2))
