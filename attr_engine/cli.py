@@ -14,7 +14,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attr_engine import cli_compare, cli_grid, cli_judge, cli_options, cli_robustness, cli_rollup
+from attr_engine import (
+    cli_compare,
+    cli_grid,
+    cli_judge,
+    cli_listening,
+    cli_options,
+    cli_robustness,
+    cli_rollup,
+)
 from attr_engine.errors import UserError, printable
 
 if TYPE_CHECKING:
@@ -248,6 +256,8 @@ def _run(args: argparse.Namespace) -> None:
     first = rank() == 0  # of several processes one speaks for all
     if getattr(args, "dry_run", None):
         return _dry_run(args, settings, first)
+    if cli_listening.wanted(args):
+        return cli_listening.write(args, settings)
     with open_run(out, settings, bars=True) as run:
         job = load_job(run)
         pipeline.check_all(job)
@@ -311,6 +321,7 @@ _COMMANDS: dict[str, Any] = {
     "score": _run, "attribute": _run, "report": _run, "rollup": cli_rollup.rollup,
     "retrain": cli_judge.retrain, "evaluate": cli_judge.evaluate, "grid": cli_grid.grid, "figures": cli_grid.figures,
     "robustness": cli_robustness.robustness, "compare": cli_compare.compare,
+    "listening": cli_listening.listening,
     "demo": _demo, "doctor": _doctor,
 }  # fmt: skip
 

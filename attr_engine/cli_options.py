@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attr_engine import cli_compare, cli_grid, cli_index, cli_robustness
+from attr_engine import cli_compare, cli_grid, cli_index, cli_listening, cli_robustness
 from attr_engine.cli_index import add_command
 from attr_engine.cli_judge import add_judges
 from attr_engine.cli_rollup import add_rollup
@@ -283,9 +283,12 @@ def parser() -> argparse.ArgumentParser:
             p.add_argument("--dry-run", nargs="?", const="text", choices=("text", "json"),
                            help="measure a few passes, say how long, how much memory and disk it would take, and leave nothing "
                                 "behind; as text or JSON")  # fmt: skip
+        else:
+            cli_listening.add_flags(p)
         _add_settings(p)
     add_rollup(commands, add_command)
     add_judges(commands, add_command)
+    cli_listening.add_listening(commands)
     _add_settings(cli_grid.add_grid(commands), AXES, LEFT_OUT)
     cli_grid.add_figures(commands)
     _add_settings(cli_robustness.add_robustness(commands), left_out=cli_robustness.NOT_USED)

@@ -39,6 +39,7 @@ COMMANDS = (
     "grid",
     "figures",
     "robustness",
+    "listening",
     "demo",
     "doctor",
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import wave
+from typing import Any
 
 import numpy as np
 
@@ -12,11 +13,14 @@ from attr_engine.errors import UserError
 #: Sample rates of MPEG-1, 2 and 2.5 layer III, in Hz; at any other rate an MP3 cannot be written.
 MP3_RATES = frozenset((8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000))
 
+#: libsndfile's level of compression at a constant bit rate: 80 kbit/s at 16 kHz, 160 kbit/s at 44.1 kHz.
+CONSTANT_LEVEL = 0.5
+
 #: Samples handed to libsndfile at once: its Vorbis encoder overruns its stack on very long writes.
 WRITE_SAMPLES = 1 << 16
 
 
-def encode_clip(audio: np.ndarray, sample_rate: int) -> tuple[str, bytes]:
+def encode_clip(audio: np.ndarray, sample_rate: int, constant: bool = False) -> tuple[str, bytes]:
     """Encode a clip as MP3, where libsndfile can write it, else as OGG Vorbis, else as 16-bit WAV.
 
     soundfile is optional: without it, or without its library, the WAV is made with the standard library.
@@ -24,6 +28,7 @@ def encode_clip(audio: np.ndarray, sample_rate: int) -> tuple[str, bytes]:
     Args:
         audio: ``[channels, samples]`` float32 in [-1, 1]; what is beyond is clipped.
         sample_rate: in Hz.
+        constant: at a constant bit rate, so that clips of one length and rate are files of one size; OGG, which has none, is left out.
 
     Returns:
         ``(mime, data)``: "audio/mpeg", "audio/ogg" or "audio/wav", and the bytes of the file.
@@ -35,10 +40,10 @@ def encode_clip(audio: np.ndarray, sample_rate: int) -> tuple[str, bytes]:
     if sample_rate < 1:
         raise UserError(f"the sample rate of a clip must be at least 1 Hz, not {sample_rate}")
     if samples.shape[0] <= 2 and sample_rate in MP3_RATES:
-        data = _encode_sndfile(samples, sample_rate, "MP3", "MPEG_LAYER_III")
+        data = _encode_sndfile(samples, sample_rate, "MP3", "MPEG_LAYER_III", constant)
         if data:
             return "audio/mpeg", data
-    data = _encode_sndfile(samples, sample_rate, "OGG", "VORBIS")
+    data = b"" if constant else _encode_sndfile(samples, sample_rate, "OGG", "VORBIS")
     if data:
         return "audio/ogg", data
     return "audio/wav", _encode_wav(samples, sample_rate)
@@ -80,7 +85,9 @@ def _checked(audio: np.ndarray) -> np.ndarray:
     return samples
 
 
-def _encode_sndfile(samples: np.ndarray, sample_rate: int, container: str, subtype: str) -> bytes:
+def _encode_sndfile(
+    samples: np.ndarray, sample_rate: int, container: str, subtype: str, constant: bool = False
+) -> bytes:
     """Encode ``[channels, samples]`` with libsndfile; empty where it is missing or cannot write this."""
     try:
         import soundfile
@@ -89,9 +96,13 @@ def _encode_sndfile(samples: np.ndarray, sample_rate: int, container: str, subty
     if container not in soundfile.available_formats():
         return b""
     buffer = io.BytesIO()
+    # Without a level soundfile does not pass the mode on.
+    rate: dict[str, Any] = (
+        {"bitrate_mode": "CONSTANT", "compression_level": CONSTANT_LEVEL} if constant else {}
+    )
     try:
         with soundfile.SoundFile(
-            buffer, "w", sample_rate, samples.shape[0], subtype=subtype, format=container
+            buffer, "w", sample_rate, samples.shape[0], subtype=subtype, format=container, **rate
         ) as file:
             for start in range(0, samples.shape[1], WRITE_SAMPLES):
                 file.write(np.ascontiguousarray(samples[:, start : start + WRITE_SAMPLES].T))

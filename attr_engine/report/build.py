@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,14 @@ import torch
 
 from attr_engine.abstain import Controls, controls_of_run
 from attr_engine.effects import frame_effects
-from attr_engine.errors import UserError
 from attr_engine.files import write_json, write_text
 from attr_engine.jobs import UPDATE_SETTINGS, Job
-from attr_engine.latents.audio import SUFFIXES, read_audio
 from attr_engine.latents.batch import Tracks
-from attr_engine.latents.ingest import file_hash
 from attr_engine.pipeline import fisher_stage, update_stage
-from attr_engine.report.audio import encode_clip, waveform_peaks
 from attr_engine.report.data import Clip, QuerySection, Ranking, ReportData, Row, TrackInfo
 from attr_engine.report.page import write_report
 from attr_engine.report.shares import shares
+from attr_engine.report.sound import Sound
 from attr_engine.report.tables import (
     controls_of,
     markdown,
@@ -41,59 +38,8 @@ from attr_engine.tensorfile import load_tensors, save_tensors
 from attr_engine.updates import Update
 
 REPORT, CURVES, TABLES = "report.html", "curves.safetensors", "tables.json"
-_PEAKS = 160
 _MAX_CURVE = 240
 _CONTROL_ROWS = 5
-
-
-class _Sound:
-    """Clips of tracks: from the audio they were made from, else decoded from their latents."""
-
-    def __init__(self, job: Job) -> None:
-        self._job = job
-        self._decode: Callable[[torch.Tensor], torch.Tensor] | None = getattr(job.model, "decode", None)
-        self._rate = int(getattr(job.model, "sample_rate", 0))
-
-    def clip(self, tracks: Tracks, index: int) -> Clip | None:
-        """The clip of a track, None where there is neither audio nor a decoder that gives any."""
-        audio = self._from_file(tracks, index)
-        if audio is None:
-            audio = self._from_latent(tracks, index)
-        if audio is None or not np.isfinite(audio).all():
-            return None
-        peak = float(np.abs(audio).max())
-        mime, data = encode_clip(audio / peak if peak > 1.0 else audio, self._rate)
-        return Clip(mime, data, waveform_peaks(audio, _PEAKS))
-
-    def _from_file(self, tracks: Tracks, index: int) -> np.ndarray | None:
-        info, root = tracks.info[index], getattr(tracks, "extra", {}).get("root")
-        source, digest = info.get("source"), info.get("sha256")
-        if not isinstance(root, str) or not isinstance(source, str) or not root or self._rate <= 0:
-            return None
-        # A manifest is data from outside, and a report is passed on: whoever made the manifest may name any
-        # folder and file, but only of a file that was ingested does it have the hash.
-        try:
-            path = (Path(root) / source).resolve()
-            if path.suffix.lower() not in SUFFIXES or Path(root).resolve() not in path.parents:
-                return None
-            if not path.is_file() or file_hash(path) != digest:
-                return None
-            audio = read_audio(path, self._rate, 1)
-        except (UserError, OSError, ValueError):
-            return None
-        start = round(max(0.0, number_of(info, "start") or 0.0) * self._rate)
-        stop = start + round(max(0.0, number_of(info, "seconds") or 1e9) * self._rate)
-        return audio[:, start:stop] if start < min(stop, audio.shape[1]) else None
-
-    def _from_latent(self, tracks: Tracks, index: int) -> np.ndarray | None:
-        if self._decode is None or self._rate <= 0:
-            return None
-        batch = tracks.batch([index], self._job.model.frames)
-        try:
-            audio = self._decode(batch.latents[:, :, : int(batch.valid[0])]).detach().cpu().float()
-        except UserError:
-            return None
-        return np.asarray(audio[0].mean(dim=0, keepdim=True).numpy())
 
 
 def _track_info(tracks: Tracks, index: int, clip: Clip | None) -> TrackInfo:
@@ -187,7 +133,7 @@ def _section(
     q: int,
     controls: Mapping[str, np.ndarray],
     shapes: Any,
-    sound: _Sound,
+    sound: Sound,
     refuse: Controls | None,
 ) -> QuerySection:
     s, query = job.run.settings, job.queries[q]
@@ -270,7 +216,7 @@ def _summary(job: Job) -> list[tuple[str, str]]:
 
 def build_report(job: Job, result: Attribution, warnings: Sequence[str] = (), subtitle: str = "") -> Path:
     """Write ``report.html`` into the run directory and return its path."""
-    sound = _Sound(job)
+    sound = Sound(job.model)
     controls = controls_of(job, result)
     shapes = curves(job, result)
     refuse = controls_of_run(job.run.settings, result)

@@ -18,7 +18,8 @@ from helpers import ToyDenoiser, make_tracks
 from attr_engine.jobs import Job, make_queries
 from attr_engine.latents import LatentDataset, LatentWriter
 from attr_engine.pipeline import run_job
-from attr_engine.report.build import _section, _Sound, build_report
+from attr_engine.report.build import _section, build_report
+from attr_engine.report.sound import Sound
 from attr_engine.runs import open_run
 from attr_engine.settings import Settings
 
@@ -199,7 +200,7 @@ def test_survivors_come_first_and_what_was_not_measured_has_no_row(measured, tmp
             draws=np.array([[8, 8, 0, 64]]),
             stage=np.array([[0, 0, -1, 1]]),
         )
-        rankings = _section(job, raced, 0, {}, {}, _Sound(job), None).rankings
+        rankings = _section(job, raced, 0, {}, {}, Sound(job.model), None).rankings
         build_report(job, raced)
     assert len(rankings) == len(SETTINGS.functions)
     for ranking in rankings:
