@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from attr_engine import (
     cli_compare,
+    cli_curves,
     cli_grid,
     cli_judge,
     cli_listening,
@@ -322,6 +323,7 @@ _COMMANDS: dict[str, Any] = {
     "retrain": cli_judge.retrain, "evaluate": cli_judge.evaluate, "grid": cli_grid.grid, "figures": cli_grid.figures,
     "robustness": cli_robustness.robustness, "compare": cli_compare.compare,
     "listening": cli_listening.listening,
+    "curves": cli_curves.curves,
     "demo": _demo, "doctor": _doctor,
 }  # fmt: skip
 

@@ -10,7 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attr_engine import cli_compare, cli_grid, cli_index, cli_listening, cli_robustness
+from attr_engine import (
+    cli_compare,
+    cli_curves,
+    cli_grid,
+    cli_index,
+    cli_listening,
+    cli_robustness,
+)
 from attr_engine.cli_index import add_command
 from attr_engine.cli_judge import add_judges
 from attr_engine.cli_rollup import add_rollup
@@ -293,6 +300,7 @@ def parser() -> argparse.ArgumentParser:
     cli_grid.add_figures(commands)
     _add_settings(cli_robustness.add_robustness(commands), left_out=cli_robustness.NOT_USED)
     _add_settings(cli_compare.add_compare(commands), left_out=cli_compare.NOT_USED)
+    _add_settings(cli_curves.add_curves(commands), left_out=cli_curves.NOT_USED)
     p = add_command(
         commands,
         "demo",

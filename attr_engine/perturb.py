@@ -9,6 +9,7 @@ import io
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from typing import Any
 import numpy as np
 
 from attr_engine.errors import UserError
+from attr_engine.evaluate import parents_of
+from attr_engine.files import whole_file
 from attr_engine.latents.audio import read_audio
 from attr_engine.latents.ingest import Encoder, Progress, encode_piece, file_hash, padding_of
 from attr_engine.latents.manifest import MANIFEST
@@ -144,7 +147,29 @@ def gain(audio: np.ndarray, rate: int, decibels: float) -> np.ndarray:
     return (audio * 10 ** (decibels / 20)).astype(np.float32)
 
 
-Perturbation = Callable[..., np.ndarray]  # of (audio, rate); noise also takes rng
+def full_scale(audio: np.ndarray, rate: int) -> np.ndarray:
+    """As loud as can be without clipping: the largest sample becomes 1; silence stays."""
+    return (audio / (np.abs(audio).max() or 1.0)).astype(np.float32)
+
+
+def mixing(audio: np.ndarray, rate: int, decibels: float, other: np.ndarray) -> np.ndarray:
+    """Add another piece whose power over the whole lies ``decibels`` below the piece's; to silence, none.
+
+    Of a longer one the start is taken, a shorter one is repeated.
+
+    Raises:
+        UserError: the other piece is silent there, which no gain changes.
+    """
+    samples = audio.shape[1]
+    added = np.tile(other, (1, -(-samples // other.shape[1])))[:, :samples].astype(np.float64)
+    there = np.mean(added**2)
+    if there == 0:
+        raise UserError("the other piece is silent over the length of this one: mix in another one")
+    power = np.mean(np.square(audio, dtype=np.float64)) / there
+    return (audio + added * np.sqrt(power) * 10 ** (-decibels / 20)).astype(np.float32)
+
+
+Perturbation = Callable[..., np.ndarray]  # of (audio, rate); noise also takes rng, mixing the other piece
 
 # What is done to a piece, and how much of it: (level, function of audio and rate).
 PERTURBATIONS: dict[str, tuple[tuple[str, Perturbation], ...]] = {
@@ -155,33 +180,49 @@ PERTURBATIONS: dict[str, tuple[tuple[str, Perturbation], ...]] = {
     "high-pass": tuple((f"{hz} Hz", partial(high_pass, hz=hz)) for hz in (200, 1000)),
     "lossy": (("MP3 high", partial(lossy, codec="MP3", level=0.3)), ("MP3 low", partial(lossy, codec="MP3", level=0.95))),
     "crop": tuple((f"{share:g}", partial(crop, share=share)) for share in (0.75, 0.5, 0.25)),
-    "gain": tuple((f"{d} dB", partial(gain, decibels=d)) for d in (-6, -12)),
+    "gain": (("full scale", full_scale), *((f"{d} dB", partial(gain, decibels=d)) for d in (-6, -12))),
 }  # fmt: skip
+
+NONE, MIXING = "none", "mixing"
+_BESIDE: dict[str, tuple[tuple[str, Perturbation], ...]] = {
+    MIXING: tuple((f"{d} dB", partial(mixing, decibels=d)) for d in (12, 6, 0)),
+    NONE: (("as it is", lambda audio, rate: audio.copy()),),
+}
+
+
+def known() -> dict[str, tuple[tuple[str, Perturbation], ...]]:
+    """``PERTURBATIONS``, and what does not happen to a piece alone: ``mixing``, which needs another one, and ``none``."""
+    return {**PERTURBATIONS, **_BESIDE}
 
 
 def perturb(
-    audio: np.ndarray, rate: int, perturbation: str, level: str, rng: np.random.Generator
-) -> np.ndarray:
-    """One entry of ``PERTURBATIONS``.
+    audio: np.ndarray, rate: int, perturbation: str, level: str, rng: np.random.Generator, other: np.ndarray | None = None
+) -> np.ndarray:  # fmt: skip
+    """One entry of :func:`known`.
 
     Args:
         audio: float32 ``[channels, samples]``.
         rate: Hz.
-        perturbation: a key of ``PERTURBATIONS``.
+        perturbation: a key of :func:`known`.
         level: one of its levels.
         rng: of added noise; nothing else draws.
+        other: float32 ``[channels, samples'']``, what ``mixing`` adds; nothing else looks at it.
 
     Returns:
         float32 ``[channels, samples']``.
 
     Raises:
-        UserError: no such entry, a missing library, or a rate that it cannot be done at.
+        UserError: no such entry, a missing library, a rate that it cannot be done at, or nothing to mix in.
     """
-    levels = dict(PERTURBATIONS.get(perturbation, ()))
+    levels = dict(known().get(perturbation, ()))
     if level not in levels:
-        names = "; ".join(f"{key} {', '.join(dict(value))}" for key, value in PERTURBATIONS.items())
+        names = "; ".join(f"{key} {', '.join(dict(value))}" for key, value in known().items())
         raise UserError(f"there is no perturbation {perturbation!r} of level {level!r}: choose from {names}")
-    more = {"rng": rng} if perturbation == "noise" else {}
+    more: dict[str, Any] = {"rng": rng} if perturbation == "noise" else {}
+    if perturbation == MIXING:
+        if other is None:
+            raise UserError("mixing needs another piece: give one, or leave it out")
+        more = {"other": other}
     return levels[level](audio, rate, **more)
 
 
@@ -215,62 +256,129 @@ def _chosen(perturbations: Mapping[str, Sequence[str]] | None) -> list[tuple[str
     return [(name, level) for name, levels in perturbations.items() for level in levels]
 
 
-def _versions(
-    queries: LatentDataset, index: int, encoder: Encoder, chosen: Sequence[tuple[str, str]], frames: int, seed: int
-) -> Iterator[tuple[str, np.ndarray, dict[str, Any], dict[str, Any]]]:  # fmt: skip
-    """Id, audio, conditioning and info of every version of one query."""
-    name, rate, longest = queries.ids[index], encoder.sample_rate, frames * encoder.samples_per_frame
-    audio = _audio_of(queries, index, encoder)
-    given = queries.batch([index], int(queries.lengths[index])).conditioning[0]
-    kept = {key: value for key, value in queries.info[index].items() if key not in _FILE_COLUMNS}
-    for perturbation, level in chosen:
-        label = f"{name} {perturbation} {level}"
-        rng = np.random.default_rng([seed, zlib.crc32(label.encode())])
-        heard = perturb(audio, rate, perturbation, level, rng)
-        cut = max(0, heard.shape[1] - longest)
-        heard = heard[:, :longest]
-        info = {"query": name, "perturbation": perturbation, "level": level, "kind": "perturbed", "start": 0.0,
-                "seconds": heard.shape[1] / rate, "seconds_cut": cut / rate}  # fmt: skip
-        more_seconds = (heard.shape[1] - audio.shape[1]) / rate
-        yield label, heard, _conditioning(given, more_seconds), {**kept, **info}
+def _kin(name: str, info: Mapping[str, Any]) -> set[tuple[str, str]]:
+    """What a piece shares with its relatives: ids of itself, its recording and its sources, names of its families."""
+    ids = {name, str(info.get("parent") or name), *parents_of(info)}
+    families = str(info.get("family") or "").split("+")  # a splice has several
+    return {("id", x) for x in ids} | {("family", x) for x in families if x}
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Makes the versions of a query; the fields are those of :func:`perturb_queries`."""
+
+    queries: LatentDataset
+    encoder: Encoder
+    chosen: Sequence[tuple[str, str]]
+    frames: int
+    seed: int
+    others: LatentDataset
+    audio: Path | None
+
+    def versions(self, index: int) -> Iterator[tuple[str, np.ndarray, dict[str, Any], dict[str, Any]]]:
+        """Id, audio, conditioning and info of every version of one query."""
+        queries, rate = self.queries, self.encoder.sample_rate
+        name, longest = queries.ids[index], self.frames * self.encoder.samples_per_frame
+        audio = _audio_of(queries, index, self.encoder)
+        given = queries.batch([index], int(queries.lengths[index])).conditioning[0]
+        kept = {key: value for key, value in queries.info[index].items() if key not in _FILE_COLUMNS}
+        # One for all levels, so that they differ in nothing but the level.
+        partner = self._partner(index) if any(what == MIXING for what, _ in self.chosen) else None
+        other = None if partner is None else _audio_of(self.others, partner, self.encoder)
+        for perturbation, level in self.chosen:
+            label = f"{name} {perturbation} {level}"
+            heard = perturb(audio, rate, perturbation, level, self._rng(label), other)
+            cut = max(0, heard.shape[1] - longest)
+            heard = heard[:, :longest]
+            info = {"query": name, "perturbation": perturbation, "level": level, "kind": "perturbed", "start": 0.0,
+                    "seconds": heard.shape[1] / rate, "seconds_cut": cut / rate}  # fmt: skip
+            if perturbation == MIXING and partner is not None:
+                info["mixed_with"] = self.others.ids[partner]
+            more_seconds = (heard.shape[1] - audio.shape[1]) / rate
+            if self.audio is not None:
+                path = self.audio / f"{index:05d} {perturbation} {level}.flac"
+                heard, scale = _keep(path, heard, rate)
+                info |= {"source": path.name, "sha256": file_hash(path), "scaled": scale}
+            yield label, heard, _conditioning(given, more_seconds), {**kept, **info}
+
+    def _rng(self, label: str) -> np.random.Generator:
+        return np.random.default_rng([self.seed, zlib.crc32(label.encode())])
+
+    def _partner(self, index: int) -> int:
+        """A piece of ``others`` that is not known to be related to a query."""
+        name = self.queries.ids[index]
+        mine = _kin(name, self.queries.info[index])
+        rows = enumerate(zip(self.others.ids, self.others.info, strict=True))
+        strange = [i for i, row in rows if not mine & _kin(*row)]
+        if not strange:
+            raise UserError(
+                f"{self.others.path} holds nothing unrelated to {name!r}: give others to mix in, or leave it out"
+            )
+        return int(self._rng(f"{name} {MIXING}").choice(strange))
+
+
+def _keep(path: Path, audio: np.ndarray, rate: int) -> tuple[np.ndarray, float]:
+    """Write audio as a 16-bit FLAC, scaled down to full scale where it goes beyond; what the file holds, and the factor."""
+    import soundfile  # without it there would be no audio to keep
+
+    scale = 1.0 / max(1.0, float(np.abs(audio).max()))
+    with whole_file(path) as part:
+        soundfile.write(part, (audio * scale).T, rate, format="FLAC", subtype="PCM_16")
+    return read_audio(path, rate, len(audio)), scale
 
 
 def perturb_queries(
     queries: LatentDataset, encoder: Encoder, out: Path, frames: int,
     perturbations: Mapping[str, Sequence[str]] | None = None, seed: int = 0, progress: Progress | None = None,
+    only: Sequence[int] | None = None, others: LatentDataset | None = None, keep_audio: bool = False,
 ) -> LatentDataset:  # fmt: skip
     """Write perturbed versions of queries as a data set; a finished one is opened, an interrupted one goes on.
 
     A query's audio is read from where the data set says that it lies (the latents of pieces from a sampler are decoded
-    there), perturbed at the encoder's rate and encoded; no audio is kept. What gets longer than the model takes is cut
-    at its end, and ``seconds_cut`` says by how much.
+    there), perturbed at the encoder's rate and encoded. What gets longer than the model takes is cut at its end, and
+    ``seconds_cut`` says by how much.
+
+    With ``keep_audio`` the versions lie in ``out/audio`` as 16-bit FLAC, where the data set says so, as it does of any other
+    query. What is beyond full scale is then scaled down to it (``scaled``), and the latent is that of the file.
 
     The conditioning is the query's, ``seconds_total`` longer or shorter by as much as the audio; anything else it says, as
     a tempo, stays, because nobody would know better. The info is the query's with ``query`` (its id), ``perturbation``,
-    ``level``, ``seconds`` and ``seconds_cut``.
+    ``level``, ``seconds`` and ``seconds_cut``; of a mixture also ``mixed_with``.
 
     Args:
         queries: with audio on disk.
         encoder: the model's autoencoder.
         out: folder of the data set.
         frames: longest piece in frames (the model's).
-        perturbations: name to levels; default all of ``PERTURBATIONS``.
-        seed: of the noise, which is another one for every version.
+        perturbations: name to levels, of :func:`known`; default all of ``PERTURBATIONS``.
+        seed: of the noise, which is another one for every version, and of the piece that is mixed into a query, the same one at
+            every level.
         progress: called with (queries done, queries).
+        only: places of the queries that are perturbed, each once; default all.
+        others: pieces with audio on disk, of which ``mixing`` takes one that has neither id, recording, family nor sources
+            in common with the query; default the queries themselves.
+        keep_audio: whether to keep the audio of the versions.
 
     Returns:
         The data set, the versions of a query one after the other, with ids like ``"<query> pitch +2"``.
 
     Raises:
-        UserError: audio that is missing or has changed, no such perturbation, a missing library, or ``out`` was
-            begun with other settings.
+        UserError: audio that is missing or has changed, no such perturbation, nothing to mix in, a missing library, or ``out``
+            was begun with other settings.
     """
     chosen, out = _chosen(perturbations), Path(out)
     if not chosen or seed < 0:
         raise UserError(f"name at least one perturbation and level, and a seed of at least 0, not {seed}")
+    others = queries if others is None else others
     extra = {"from": "perturbations", "queries": queries.fingerprint, "encoder": encoder.fingerprint, "frames": frames,
              "sample_rate": encoder.sample_rate, "samples_per_frame": encoder.samples_per_frame,
              "perturbations": [list(pair) for pair in chosen], "seed": seed}  # fmt: skip
+    if only is not None:
+        extra["only"] = [int(index) for index in only]
+    if any(name == MIXING for name, _ in chosen):
+        extra["others"] = others.fingerprint
+    if keep_audio:
+        extra["root"] = str((out / "audio").resolve())
     if (out / MANIFEST).exists():
         whole = LatentDataset(out)
         if odd := [
@@ -278,12 +386,14 @@ def perturb_queries(
         ]:
             raise UserError(f"{out} holds a data set with another {', '.join(odd)}: choose another folder")
         return whole
+    places = range(len(queries)) if only is None else only
+    maker = _Maker(queries, encoder, chosen, frames, seed, others, out / "audio" if keep_audio else None)
     with LatentWriter(out, padding=padding_of(out, encoder), extra=extra) as writer:
-        for index in range(len(queries)):
+        for done, index in enumerate(places):
             if not all(writer.has(f"{queries.ids[index]} {name} {level}") for name, level in chosen):
-                for label, audio, given, info in _versions(queries, index, encoder, chosen, frames, seed):
+                for label, audio, given, info in maker.versions(index):
                     if not writer.has(label):
                         writer.add(label, encode_piece(encoder, audio, frames), given, info)
             if progress is not None:
-                progress(index + 1, len(queries))
+                progress(done + 1, len(places))
     return LatentDataset(out)

@@ -39,7 +39,9 @@ COMMANDS = (
     "grid",
     "figures",
     "robustness",
+    "compare",
     "listening",
+    "curves",
     "demo",
     "doctor",
 )

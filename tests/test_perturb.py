@@ -13,8 +13,8 @@ import torch
 from attr_engine.errors import UserError
 from attr_engine.latents import LatentDataset
 from attr_engine.latents.audio import read_audio
-from attr_engine.latents.ingest import ingest_audio
-from attr_engine.perturb import PERTURBATIONS, perturb, perturb_queries, recode
+from attr_engine.latents.ingest import encode_piece, file_hash, ingest_audio
+from attr_engine.perturb import PERTURBATIONS, known, perturb, perturb_queries, recode
 
 soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("librosa")
@@ -209,7 +209,7 @@ def test_a_crop_is_the_start(level: str, rng: np.random.Generator) -> None:
     assert np.array_equal(out, audio[:, : out.shape[1]])
 
 
-@pytest.mark.parametrize("level", levels("gain"))
+@pytest.mark.parametrize("level", [x for x in levels("gain") if x.endswith("dB")])
 def test_gain_is_in_decibels(level: str, rng: np.random.Generator) -> None:
     audio = hiss(rng)
     out = perturb(audio, RATE, "gain", level, rng)
@@ -217,6 +217,47 @@ def test_gain_is_in_decibels(level: str, rng: np.random.Generator) -> None:
         float(level.removesuffix(" dB")), abs=1e-4
     )
     assert np.corrcoef(out[0], audio[0])[0, 1] > 0.999999
+
+
+def test_full_scale_is_as_loud_as_can_be_without_clipping(rng: np.random.Generator) -> None:
+    for loudness in (0.01, 30.0):
+        audio = loudness * hiss(rng)
+        out = perturb(audio, RATE, "gain", "full scale", rng)
+        assert np.abs(out).max() == 1
+        assert np.corrcoef(out[1], audio[1])[0, 1] > 0.999999
+
+
+@pytest.mark.parametrize("level", [level for level, _ in known()["mixing"]])
+@pytest.mark.parametrize("seconds", [0.7, 3.0, 4.1])
+def test_another_piece_is_mixed_in_as_far_below_as_it_says(
+    level: str, seconds: float, rng: np.random.Generator
+) -> None:
+    audio, other = 0.3 * hiss(rng), hiss(rng, 2, seconds)
+    before = audio.copy(), other.copy()
+    out = perturb(audio, RATE, "mixing", level, rng, other)
+    assert out.dtype == np.float32 and out.shape == audio.shape
+    assert np.array_equal(audio, before[0]) and np.array_equal(other, before[1])
+    added = out.astype(float) - audio
+    ratio = 10 * np.log10(np.mean(audio.astype(float) ** 2) / np.mean(added**2))
+    assert ratio == pytest.approx(float(level.removesuffix(" dB")), abs=1e-3)
+    for channel in range(2):
+        wanted = [other[channel, i % other.shape[1]] for i in range(audio.shape[1])]
+        assert np.corrcoef(added[channel], wanted)[0, 1] > 0.99999
+
+
+def test_mixing_needs_something_that_sounds(rng: np.random.Generator) -> None:
+    audio, silence = hiss(rng), np.zeros((2, 100), dtype=np.float32)
+    with pytest.raises(UserError, match="mixing needs another piece"):
+        perturb(audio, RATE, "mixing", "6 dB", rng)
+    with pytest.raises(UserError, match="the other piece is silent"):
+        perturb(audio, RATE, "mixing", "6 dB", rng, silence)
+    assert not perturb(silence, RATE, "mixing", "0 dB", rng, audio).any()
+
+
+def test_none_changes_nothing(rng: np.random.Generator) -> None:
+    audio = hiss(rng)
+    out = perturb(audio, RATE, "none", "as it is", rng)
+    assert np.array_equal(out, audio) and not np.shares_memory(out, audio)
 
 
 def test_unknown_perturbations_are_refused_with_those_there_are(rng: np.random.Generator) -> None:
@@ -257,20 +298,26 @@ class Frames:
         return torch.stack([frames.mean(-1), frames.std(-1), frames.amax(-1)], dim=1)
 
 
-def make_queries(folder: Path, rng: np.random.Generator, frames: int = 40) -> LatentDataset:
-    """Three pieces of 0.8 to 1.9 s with a metadata table."""
+def make_queries(
+    folder: Path,
+    rng: np.random.Generator,
+    frames: int = 40,
+    prefix: str = "q",
+    rows: list[dict[str, str]] | None = None,
+    loudness: float = 1.0,
+) -> LatentDataset:
+    """Three pieces of 0.8 to 1.9 s with a metadata table; each has another source, or what ``rows`` say."""
     source = folder / "audio"
     source.mkdir(parents=True)
+    more = [{"parents": f"a{i};b{i}"} for i in range(3)] if rows is None else rows
+    table = [["path", "id", "tempo", "parents", "family"]]
     for i, seconds in enumerate((0.8, 1.9, 1.2)):
-        soundfile.write(source / f"{i}.wav", hiss(rng, 1, seconds)[0], RATE, subtype="FLOAT")
-    with (source / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerows(
-            [
-                ["path", "id", "tempo", "parents"],
-                *([f"{i}.wav", f"q{i}", 90.5 + i, f"a{i};b"] for i in range(3)),
-            ]
+        soundfile.write(source / f"{i}.wav", loudness * hiss(rng, 1, seconds)[0], RATE, subtype="FLOAT")
+        table.append(
+            [f"{i}.wav", f"{prefix}{i}", 90.5 + i, more[i].get("parents", ""), more[i].get("family", "")]
         )
+    with (source / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(table)
     ingest_audio(source, folder / "set", Frames(), frames, source / "metadata.csv", ["tempo"])
     return LatentDataset(folder / "set")
 
@@ -286,7 +333,7 @@ def test_a_set_says_what_was_done_to_which_query(rng: np.random.Generator, tmp_p
         name, level, query = info["perturbation"], info["level"], info["query"]
         number = int(query[1:])
         assert label == f"{query} {name} {level}"
-        assert info["parents"] == f"a{number};b"
+        assert info["parents"] == f"a{number};b{number}"
         assert not {"source", "sha256", "path", "id"} & set(info)
         # The slow, obvious way.
         audio = read_audio(tmp_path / "audio" / f"{number}.wav", RATE, 1)
@@ -376,3 +423,113 @@ def test_a_stopped_one_goes_on_to_the_same_set(
     rows = list(range(len(whole)))
     assert np.array_equal(again.batch(rows, 40).latents, whole.batch(rows, 40).latents)
     assert list(again.info) == list(whole.info)
+
+
+MIXED = {"mixing": ["12 dB", "0 dB"]}
+
+
+def test_an_unrelated_piece_is_mixed_in_the_same_at_every_level(
+    rng: np.random.Generator, tmp_path: Path
+) -> None:
+    queries, chosen = make_queries(tmp_path, rng), set()
+    for seed in range(12):
+        out = perturb_queries(queries, Frames(), tmp_path / str(seed), 40, MIXED, seed)
+        mixed = [info["mixed_with"] for info in out.info]
+        assert mixed[::2] == mixed[1::2]
+        chosen.update(zip([info["query"] for info in out.info], mixed, strict=True))
+        for label, info, i in zip(out.ids, out.info, range(len(out)), strict=True):
+            audio, other = (
+                read_audio(tmp_path / "audio" / f"{name[1:]}.wav", RATE, 1)
+                for name in (info["query"], info["mixed_with"])
+            )
+            heard = perturb(audio, RATE, "mixing", info["level"], rng, other)
+            latent = encode_piece(Frames(), heard, 40)
+            assert torch.equal(latent, out.batch([i], latent.shape[1]).latents[0]), label
+    assert chosen == {(a, b) for a in queries.ids for b in queries.ids if a != b}
+
+
+@pytest.mark.parametrize(
+    ("rows", "strange"),
+    [
+        ([{"family": "f"}, {"family": "f+g"}, {"family": "g"}], {0: {2}, 1: set(), 2: {0}}),
+        ([{"parents": "q1;x"}, {}, {"parents": "x"}], {0: set(), 1: {2}, 2: {1}}),
+        ([{"family": "q1"}, {}, {}], {0: {1, 2}, 1: {0, 2}, 2: {0, 1}}),
+    ],
+)
+def test_relatives_are_not_mixed(
+    rows: list[dict[str, str]], strange: dict[int, set[int]], rng: np.random.Generator, tmp_path: Path
+) -> None:
+    queries = make_queries(tmp_path, rng, rows=rows)
+    for index, wanted in strange.items():
+        if not wanted:
+            with pytest.raises(UserError, match=f"holds nothing unrelated to 'q{index}'"):
+                perturb_queries(queries, Frames(), tmp_path / "none", 40, MIXED, only=[index])
+            continue
+        found = set()
+        for seed in range(16 if len(wanted) > 1 else 2):
+            folder = tmp_path / f"{index} {seed}"
+            out = perturb_queries(queries, Frames(), folder, 40, {"mixing": ["6 dB"]}, seed, only=[index])
+            assert list(out.ids) == [f"q{index} mixing 6 dB"]
+            found.add(int(out.info[0]["mixed_with"][1:]))
+        assert found == wanted
+
+
+def test_others_are_mixed_in_where_they_are_given(rng: np.random.Generator, tmp_path: Path) -> None:
+    queries, others = make_queries(tmp_path / "a", rng), make_queries(tmp_path / "b", rng, prefix="o")
+    out = perturb_queries(queries, Frames(), tmp_path / "out", 40, MIXED, others=others)
+    assert {info["mixed_with"] for info in out.info} <= set(others.ids)
+    with pytest.raises(UserError, match="another others"):
+        perturb_queries(queries, Frames(), tmp_path / "out", 40, MIXED)
+
+
+def test_kept_audio_is_what_was_encoded_and_what_the_set_names(
+    rng: np.random.Generator, tmp_path: Path
+) -> None:
+    queries, wanted = make_queries(tmp_path, rng), {"gain": ["full scale"], "noise": ["0 dB"], **MIXED}
+    out = perturb_queries(queries, Frames(), tmp_path / "out", 40, wanted, keep_audio=True)
+    scales = []
+    for i, info in enumerate(out.info):
+        path = Path(out.extra["root"]) / info["source"]
+        assert path.parent == tmp_path / "out" / "audio" and file_hash(path) == info["sha256"]
+        assert soundfile.info(path).subtype == "PCM_16"
+        audio = read_audio(path, RATE, 1)
+        assert audio.shape[1] / RATE == info["seconds"] and info["start"] == 0
+        latent = encode_piece(Frames(), audio, 40)
+        assert torch.equal(latent, out.batch([i], latent.shape[1]).latents[0])
+        draws = np.random.default_rng([0, zlib.crc32(out.ids[i].encode())])
+        plain, other = (
+            read_audio(tmp_path / "audio" / f"{name[1:]}.wav", RATE, 1)
+            for name in (info["query"], info.get("mixed_with", "q0"))
+        )
+        heard = perturb(plain, RATE, info["perturbation"], info["level"], draws, other)
+        assert info["scaled"] == 1 / max(1.0, float(np.abs(heard).max()))
+        np.testing.assert_allclose(audio, heard * info["scaled"], atol=2**-14)
+        scales.append(info["scaled"])
+    assert max(scales) == 1
+    assert not (perturb_queries(queries, Frames(), tmp_path / "plain", 40, MIXED).path / "audio").exists()
+
+
+def test_what_is_beyond_full_scale_is_scaled_down_to_be_kept(
+    rng: np.random.Generator, tmp_path: Path
+) -> None:
+    queries = make_queries(tmp_path, rng, loudness=8.0)
+    out = perturb_queries(queries, Frames(), tmp_path / "out", 40, {"none": ["as it is"]}, keep_audio=True)
+    for i, info in enumerate(out.info):
+        plain = read_audio(tmp_path / "audio" / f"{i}.wav", RATE, 1)
+        assert np.abs(plain).max() > 1
+        audio = read_audio(tmp_path / "out" / "audio" / info["source"], RATE, 1)
+        np.testing.assert_allclose(audio, plain * info["scaled"], atol=2**-14)
+        assert np.abs(audio).max() == pytest.approx(1, abs=2**-14)
+
+
+def test_some_queries_are_perturbed_alike_alone_and_among_all(
+    rng: np.random.Generator, tmp_path: Path
+) -> None:
+    queries = make_queries(tmp_path, rng)
+    wanted = {"noise": ["10 dB"], **MIXED}
+    whole = perturb_queries(queries, Frames(), tmp_path / "all", 40, wanted)
+    some = perturb_queries(queries, Frames(), tmp_path / "some", 40, wanted, only=[2, 0])
+    assert list(some.ids) == [*whole.ids[6:], *whole.ids[:3]]
+    assert torch.equal(some.batch(range(6), 40).latents, whole.batch([6, 7, 8, 0, 1, 2], 40).latents)
+    with pytest.raises(UserError, match="another only"):
+        perturb_queries(queries, Frames(), tmp_path / "some", 40, wanted, only=[0])
