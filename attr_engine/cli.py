@@ -20,6 +20,7 @@ from attr_engine import (
     cli_grid,
     cli_judge,
     cli_listening,
+    cli_musicgen,
     cli_options,
     cli_robustness,
     cli_rollup,
@@ -67,6 +68,7 @@ def _ingest_audio(
 ) -> Report:
     from attr_engine import progress
     from attr_engine.latents import ingest
+    from attr_engine.models import musicgen
     from attr_engine.models.autoencoder import load_autoencoder
 
     if not args.autoencoder:
@@ -75,7 +77,11 @@ def _ingest_audio(
         )
     if args.scale != 1:
         raise UserError("--scale is for latents that exist, an autoencoder has its own: leave it out")
-    encoder = load_autoencoder(args.autoencoder, args.weights or None)
+    encoder: ingest.Encoder
+    if musicgen.is_musicgen(Path(args.autoencoder)):
+        encoder = musicgen.load_musicgen(args.autoencoder).encoder
+    else:
+        encoder = load_autoencoder(args.autoencoder, args.weights or None)
     if not encoder.samples_per_frame / encoder.sample_rate <= args.seconds < math.inf:
         raise UserError(
             f"--seconds {args.seconds} is less than one latent frame, or endless: use another length"
@@ -324,6 +330,7 @@ _COMMANDS: dict[str, Any] = {
     "robustness": cli_robustness.robustness, "compare": cli_compare.compare,
     "listening": cli_listening.listening,
     "curves": cli_curves.curves,
+    "musicgen-forget": cli_musicgen.musicgen_forget,
     "demo": _demo, "doctor": _doctor,
 }  # fmt: skip
 

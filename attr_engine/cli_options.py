@@ -20,6 +20,7 @@ from attr_engine import (
 )
 from attr_engine.cli_index import add_command
 from attr_engine.cli_judge import add_judges
+from attr_engine.cli_musicgen import add_musicgen
 from attr_engine.cli_rollup import add_rollup
 from attr_engine.errors import printable
 from attr_engine.grid_settings import AXES, LEFT_OUT
@@ -145,7 +146,7 @@ and KEY.txt, as webdataset groups them; the JSON is that of a pre-encoded folder
     p.add_argument(
         "--autoencoder",
         default="",
-        help="model folder, model config (with --weights) or autoencoder folder; encodes audio",
+        help="model folder (also of a MusicGen), model config (with --weights) or autoencoder folder; encodes audio",
     )
     p.add_argument("--weights", default="", help="checkpoint where --autoencoder is a model config")
     p.add_argument(
@@ -298,6 +299,7 @@ def parser() -> argparse.ArgumentParser:
     cli_listening.add_listening(commands)
     _add_settings(cli_grid.add_grid(commands), AXES, LEFT_OUT)
     cli_grid.add_figures(commands)
+    add_musicgen(commands, add_command)
     _add_settings(cli_robustness.add_robustness(commands), left_out=cli_robustness.NOT_USED)
     _add_settings(cli_compare.add_compare(commands), left_out=cli_compare.NOT_USED)
     _add_settings(cli_curves.add_curves(commands), left_out=cli_curves.NOT_USED)

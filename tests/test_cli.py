@@ -42,6 +42,7 @@ COMMANDS = (
     "compare",
     "listening",
     "curves",
+    "musicgen-forget",
     "demo",
     "doctor",
 )
