@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from attr_engine import (
     cli_compare,
     cli_curves,
+    cli_forget,
     cli_grid,
     cli_judge,
     cli_listening,
@@ -331,6 +332,7 @@ _COMMANDS: dict[str, Any] = {
     "listening": cli_listening.listening,
     "curves": cli_curves.curves,
     "musicgen-forget": cli_musicgen.musicgen_forget,
+    "forget": cli_forget.forget,
     "demo": _demo, "doctor": _doctor,
 }  # fmt: skip
 

@@ -18,6 +18,7 @@ from attr_engine import (
     cli_listening,
     cli_robustness,
 )
+from attr_engine.cli_forget import add_forget
 from attr_engine.cli_index import add_command
 from attr_engine.cli_judge import add_judges
 from attr_engine.cli_musicgen import add_musicgen
@@ -297,6 +298,7 @@ def parser() -> argparse.ArgumentParser:
     add_rollup(commands, add_command)
     add_judges(commands, add_command)
     cli_listening.add_listening(commands)
+    add_forget(commands, add_command)
     _add_settings(cli_grid.add_grid(commands), AXES, LEFT_OUT)
     cli_grid.add_figures(commands)
     add_musicgen(commands, add_command)

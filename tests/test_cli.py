@@ -42,6 +42,7 @@ COMMANDS = (
     "compare",
     "listening",
     "curves",
+    "forget",
     "musicgen-forget",
     "demo",
     "doctor",
