@@ -25,6 +25,7 @@ from attr_engine.report.data import Table
 from attr_engine.result import Attribution
 from attr_engine.retrain import query_losses
 from attr_engine.runs import key_of
+from attr_engine.score import RIDGE
 from attr_engine.settings import Settings, decisive
 from attr_engine.tensorfile import load_tensors, save_tensors
 
@@ -53,8 +54,10 @@ class Answer:
 
 
 def without_needs() -> list[str]:
-    """Methods that work as they are, without a checkpoint or the like."""
-    return [name for name, entry in METHODS.items() if not entry.needs]
+    """Methods that work as they are, without a checkpoint or the like; the engine's default first."""
+    return sorted(
+        (name for name, entry in METHODS.items() if not entry.needs), key=lambda name: name != RIDGE
+    )
 
 
 def folder_of(name: str) -> str:

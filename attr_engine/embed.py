@@ -86,6 +86,15 @@ def embedding(name: str, tracks: Tracks) -> Embedding:
         raise UserError(
             f"unknown embedding {name!r}: use {', '.join(EMBEDDINGS)}, or a .npy with {IDS} beside it"
         )
+    return Embedding(name, vectors_of(path, tracks.ids))
+
+
+def vectors_of(path: Path, wanted: Sequence[str]) -> np.ndarray:
+    """Rows float64 ``[M, E]`` of a ``.npy`` for M ids, as :func:`embedding` reads it.
+
+    Raises:
+        UserError: as there.
+    """
     values, ids = read_npy_file(path), _read_ids(path.with_name(IDS))
     if values.ndim != 2 or values.dtype.kind != "f" or len(values) != len(ids) or values.shape[1] < 1:
         raise UserError(
@@ -93,17 +102,17 @@ def embedding(name: str, tracks: Tracks) -> Embedding:
             "save floating-point numbers, one row an id"
         )
     where = {track: i for i, track in enumerate(ids)}
-    missing = [track for track in tracks.ids if track not in where]
+    missing = [track for track in wanted if track not in where]
     if missing:
         raise UserError(f"{path} has no row for the track {missing[0]!r} ({len(missing)} are missing): embed it too")  # fmt: skip
-    chosen = np.asarray(values[[where[track] for track in tracks.ids]], dtype=np.float64)
+    chosen = np.asarray(values[[where[track] for track in wanted]], dtype=np.float64)
     lengths = np.linalg.norm(chosen, axis=1)
     bad = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
     if len(bad):
         raise UserError(
-            f"{path}: the row of the track {tracks.ids[int(bad[0])]!r} is zero or not finite: embed it again"
+            f"{path}: the row of the track {wanted[int(bad[0])]!r} is zero or not finite: embed it again"
         )
-    return Embedding(name, chosen)
+    return chosen
 
 
 def _read_ids(path: Path) -> list[str]:

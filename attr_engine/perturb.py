@@ -22,6 +22,7 @@ from attr_engine.files import whole_file
 from attr_engine.latents.audio import read_audio
 from attr_engine.latents.ingest import Encoder, Progress, encode_piece, file_hash, padding_of
 from attr_engine.latents.manifest import MANIFEST
+from attr_engine.latents.recordings import Recordings
 from attr_engine.latents.store import LatentDataset
 from attr_engine.latents.writer import LatentWriter
 
@@ -226,23 +227,6 @@ def perturb(
     return levels[level](audio, rate, **more)
 
 
-def _audio_of(queries: LatentDataset, index: int, encoder: Encoder) -> np.ndarray:
-    """The audio that a query was made from or decoded to; of a window, that window."""
-    info, name, rate = queries.info[index], queries.ids[index], encoder.sample_rate
-    path = Path(str(queries.extra.get("root", ""))) / str(info.get("source", ""))
-    if not info.get("source") or not path.is_file():
-        raise UserError(f"the query {name!r} has no audio at {path}: put it there, or ingest the query anew")
-    if info.get("sha256", digest := file_hash(path)) != digest:
-        raise UserError(
-            f"{path} is not the file that the query {name!r} was made from: ingest the query anew"
-        )
-    audio = read_audio(path, rate, encoder.audio_channels)
-    if not info.get("parent"):
-        return audio
-    start = round(float(info["start"]) * rate)
-    return audio[:, start : start + round(float(info["seconds"]) * rate)]
-
-
 def _conditioning(given: Mapping[str, Any], more_seconds: float) -> dict[str, Any]:
     """A query's conditioning for a version of it that lasts longer by some seconds."""
     if "seconds_total" not in given:
@@ -278,13 +262,14 @@ class _Maker:
     def versions(self, index: int) -> Iterator[tuple[str, np.ndarray, dict[str, Any], dict[str, Any]]]:
         """Id, audio, conditioning and info of every version of one query."""
         queries, rate = self.queries, self.encoder.sample_rate
+        recordings = Recordings(rate, self.encoder.audio_channels, "query")
         name, longest = queries.ids[index], self.frames * self.encoder.samples_per_frame
-        audio = _audio_of(queries, index, self.encoder)
+        audio = recordings.audio(queries, index)
         given = queries.batch([index], int(queries.lengths[index])).conditioning[0]
         kept = {key: value for key, value in queries.info[index].items() if key not in _FILE_COLUMNS}
         # One for all levels, so that they differ in nothing but the level.
         partner = self._partner(index) if any(what == MIXING for what, _ in self.chosen) else None
-        other = None if partner is None else _audio_of(self.others, partner, self.encoder)
+        other = None if partner is None else recordings.audio(self.others, partner)
         for perturbation, level in self.chosen:
             label = f"{name} {perturbation} {level}"
             heard = perturb(audio, rate, perturbation, level, self._rng(label), other)

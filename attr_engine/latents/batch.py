@@ -114,6 +114,11 @@ class Chosen:
         """Metadata."""
         return [self._tracks.info[i] for i in self._indices]
 
+    @property
+    def extra(self) -> Mapping[str, Any]:
+        """What is known of the whole set, as where its audio lies."""
+        return getattr(self._tracks, "extra", {})
+
     @cached_property
     def fingerprint(self) -> str:
         """Of the set and the choice."""
