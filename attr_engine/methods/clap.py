@@ -234,7 +234,12 @@ def text_audio_scores(
     return out
 
 
-@method("clap", "black box", "cosine of CLAP embeddings of windows, the largest (Wu et al. 2023; Choi et al. 2025)", "checkpoint=")  # fmt: skip
+@method(
+    "clap",
+    "black box",
+    "cosine of CLAP embeddings of windows, the largest (Wu et al. 2023; Choi et al. 2025)",
+    "checkpoint=",
+)
 @dataclass(frozen=True)
 class Clap(Pretrained):
     """CLAP; ``checkpoint`` is a file of laion_clap or a folder of transformers."""

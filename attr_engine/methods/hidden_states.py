@@ -91,7 +91,12 @@ def mert_embedder(path: Path, layer: int = -1, device: str = "cpu") -> TorchEmbe
     return TorchEmbedder("MERT", rate, 5.0, 1.0, fingerprint(module, options), forward)
 
 
-@method("mert", "black box", "cosine of MERT embeddings of windows, the largest (Li et al. 2023); not for commercial use", "checkpoint= and licence=")  # fmt: skip
+@method(
+    "mert",
+    "black box",
+    "cosine of MERT embeddings of windows, the largest (Li et al. 2023); not for commercial use",
+    "checkpoint= and licence=",
+)
 @dataclass(frozen=True)
 class Mert(Restricted):
     """:func:`mert_embedder`."""
@@ -136,7 +141,12 @@ def muq_embedder(path: Path, layer: int = -1, device: str = "cpu") -> TorchEmbed
     return TorchEmbedder("MuQ", 24000, 10.0, 1.0, fingerprint(module, options), forward)
 
 
-@method("muq", "black box", "cosine of MuQ embeddings of windows, the largest (Zhu et al. 2025); not for commercial use", "checkpoint= and licence=")  # fmt: skip
+@method(
+    "muq",
+    "black box",
+    "cosine of MuQ embeddings of windows, the largest (Zhu et al. 2025); not for commercial use",
+    "checkpoint= and licence=",
+)
 @dataclass(frozen=True)
 class Muq(Restricted):
     """:func:`muq_embedder`."""

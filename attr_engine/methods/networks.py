@@ -69,7 +69,12 @@ def clmr_embedder(path: Path, device: str = "cpu") -> TorchEmbedder:
     )
 
 
-@method("clmr", "black box", "cosine of CLMR embeddings of windows, the largest (Spijkervet et al. 2021; Barnett et al. 2024)", "checkpoint=")  # fmt: skip
+@method(
+    "clmr",
+    "black box",
+    "cosine of CLMR embeddings of windows, the largest (Spijkervet et al. 2021; Barnett et al. 2024)",
+    "checkpoint=",
+)
 @dataclass(frozen=True)
 class Clmr(Pretrained):
     """:func:`clmr_embedder`."""
@@ -268,7 +273,12 @@ def clews_embedder(path: Path, device: str = "cpu") -> TorchEmbedder:
     return TorchEmbedder("CLEWS", CLEWS_RATE, CLEWS_SECONDS, 5.0, fingerprint(module, {"clews": 1}), forward)
 
 
-@method("clews", "black box", "cosine of CLEWS embeddings of windows, the largest (Serra et al. 2025; Choi et al. 2025)", "checkpoint=")  # fmt: skip
+@method(
+    "clews",
+    "black box",
+    "cosine of CLEWS embeddings of windows, the largest (Serra et al. 2025; Choi et al. 2025)",
+    "checkpoint=",
+)
 @dataclass(frozen=True)
 class Clews(Pretrained):
     """:func:`clews_embedder`."""
