@@ -30,13 +30,13 @@ demo: venv  ## compose a corpus, train on it, attribute and report, into demo-ru
 	@$(BIN)/attr-engine demo --out demo-run
 
 test: venv  ## style, types and tests, as the continuous integration runs them
-	@echo "[1/4] ruff check: style, imports, docstrings (1 s; about 5 min left)"
+	@echo "[1/4] ruff check: style, imports, docstrings (1 s; about 12 min left)"
 	@$(BIN)/ruff check .
-	@echo "[2/4] ruff format: layout (1 s; about 5 min left)"
+	@echo "[2/4] ruff format: layout (1 s; about 12 min left)"
 	@$(BIN)/ruff format --check .
-	@echo "[3/4] mypy: types (about 30 s the first time; about 5 min left)"
+	@echo "[3/4] mypy: types (about 30 s the first time; about 12 min left)"
 	@$(BIN)/mypy
-	@echo "[4/4] pytest, two processes (about 4 min left)"
+	@echo "[4/4] pytest, two processes (about 11 min left)"
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2
 
 gate: venv  ## compile every shipped kernel for three GPU architectures, without a GPU, and print the table (1 min)
