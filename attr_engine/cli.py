@@ -280,6 +280,7 @@ def _run(args: argparse.Namespace) -> None:
             pipeline.update_stage(job, pipeline.fisher_stage(job))
             if first:
                 print(f"{len(job.queries) * len(settings.strengths)} updates in {out / 'updates'}")
+                cli_options.print_sizes(pipeline.sizes(job))
             return
         result = pipeline.run_job(job)
         if not first:

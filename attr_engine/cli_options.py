@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import logging
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -337,6 +337,24 @@ def _print_verdict(controls: Controls, result: Attribution, query: str, s: Setti
         print(f"  {count} of the tracks stand out more than for pieces that no track made")
 
 
+def print_sizes(updates: Sequence[Mapping[str, Any]]) -> None:
+    """Print how large updates are, strength by strength, given what :func:`attr_engine.pipeline.sizes` says of them."""
+    from attr_engine.strength import spread
+
+    for line in spread(updates):
+        print(line)
+
+
+def _reaction(update: Mapping[str, Any]) -> str:
+    """What an update did to its query, where that was measured."""
+    if "loss_after" not in update:
+        return ""
+    return (
+        f", its loss {update['loss_before']:.4g} to {update['loss_after']:.4g} (predicting nothing: {update['null_loss']:.4g}), "
+        f"relative displacement {update['displacement']:.3g}"
+    )
+
+
 def print_top(job: Job, result: Attribution, k: int = 3) -> None:
     """Print the top tracks of every query by the leading function and strength, with relation hits."""
     from attr_engine.abstain import controls_of_run
@@ -351,9 +369,14 @@ def print_top(job: Job, result: Attribution, k: int = 3) -> None:
         queries = [(q.id, q.kind, relatives(job, q)) for q in job.queries]
     else:
         queries = [(name, "query", {}) for name in job.pieces.ids]
+    updates = result.meta.get("updates", [])
+    print_sizes(updates)
     controls = controls_of_run(s, result)
     for name, kind, hits in queries:
         print(printable(f"{name} ({kind})"))
+        for row in updates:
+            if (row["query"], row["strength"], row["of"]) == (name, s.strengths[0], "loss"):
+                print(f"  its update: relative size {row['size']:.3g}{_reaction(row)}")
         if controls is not None:
             _print_verdict(controls, result, name, s)
         for row in result.top(k, name, s.functions[0], s.strengths[0]):

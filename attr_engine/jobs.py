@@ -21,6 +21,7 @@ from attr_engine.persample import SQUARES
 from attr_engine.runs import LOCKS, Run, key_of
 from attr_engine.score import FIRST_ORDER, RIDGE, score_function
 from attr_engine.settings import Settings, to_json
+from attr_engine.strength import SEARCHED, search_rows
 from attr_engine.units import held
 from attr_engine.unlearn import check_settings
 
@@ -267,7 +268,7 @@ def check(job: Job) -> None:
     if not s.functions or not s.strengths:
         raise UserError("name at least one score function and one strength")
     for strength in s.strengths:
-        check_settings(strength, s.unit, s.steps, s.damping)
+        check_settings(strength, s.unit, s.steps, s.damping, job.row_functions == ("loss",))
         if s.strengths.count(strength) > 1:
             raise UserError(f"the strength {strength} stands twice in the settings: name each once")
     for draws, what in ((s.fisher_draws, "Fisher"), (s.update_draws, "update"), (s.score_draws, "score")):
@@ -290,9 +291,9 @@ def check(job: Job) -> None:
                 f"a race that begins with {s.race_draws} draws and may take {s.race_share:g} of {s.score_draws} cannot decide: "
                 f"set --score-draws above {s.race_draws / s.race_share:g}, or --race-share above {s.race_draws / s.score_draws:g}"
             )
-    if job.way != "passes" and s.steps > 1:
+    if job.way != "passes" and (s.steps > 1 or s.unit in SEARCHED):
         raise UserError(
-            f"an update of {s.steps} steps is not linear in its strength: use --strengths-by passes"
+            f"an update of {s.steps} steps by {s.unit} is not linear in its strength: use --strengths-by passes"
         )
     if job.way == "tangent" and s.compile != "off":
         raise UserError(
@@ -344,10 +345,10 @@ def update_work(job: Job, missing: Sequence[tuple[Query, int]]) -> Work:
     """Of unlearning, given queries and how many strengths each of them lacks, by one differentiated function."""
     s = job.run.settings
     tracks = sum(len(query.indices) for query, n in missing if n)
-    gradients = (
-        sum(len(query.indices) * (1 + n * (s.steps - 1)) for query, n in missing if n) * s.update_draws
-    )
-    return Work(tracks=tracks, gradients=gradients, written=sum(n for _, n in missing))
+    rows = [(len(query.indices) * s.update_draws, n) for query, n in missing]
+    gradients = sum(row * (1 + n * (s.steps - 1)) for row, n in rows if n)
+    forward = sum(n * search_rows(s, row) for row, n in rows)
+    return Work(tracks, forward, gradients, written=sum(n for _, n in missing))
 
 
 def score_work(job: Job, units: Sequence[int]) -> Work:
@@ -395,6 +396,5 @@ def plan_of(job: Job) -> str:
     return (
         f"{len(job.queries)} queries, {job.updates if job.measured else 0} updates, {len(job.scored)} tracks: "
         f"{sum(w.gradients for w in stages)} gradients and {sum(w.forward for w in stages)} forward passes"
-        f"{' at most' if job.run.settings.top else ''}, "
-        f"{job.rows} rows a pass"
+        f"{' at most' if job.run.settings.top or job.run.settings.unit in SEARCHED else ''}, {job.rows} rows a pass"
     )

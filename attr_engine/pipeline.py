@@ -16,23 +16,29 @@ import torch
 
 from attr_engine.cascade import index_key
 from attr_engine.diffusion import ROW_FUNCTIONS
+from attr_engine.errors import UserError
+from attr_engine.files import write_json
 from attr_engine.fisher import Fisher, FisherSettings, check_fisher, combine, fisher_units, sum_unit
 from attr_engine.jobs import FISHER_SETTINGS, Job, Query, check, make_job, update_key
 from attr_engine.latents.batch import Tracks
+from attr_engine.models.checkpoint import read_json
 from attr_engine.models.protocol import Denoiser, select_parameters
 from attr_engine.monitor import Cancel, Progress
 from attr_engine.race import Part, Tally
 from attr_engine.result import Attribution, run_metadata
 from attr_engine.ridge import Solved, ridge_stage
-from attr_engine.runs import LOCKS, open_run
+from attr_engine.runs import LOCKS, key_of, open_run
 from attr_engine.score import RIDGE, scores
 from attr_engine.scoring import EFFECTS, score_stage
 from attr_engine.settings import Settings
+from attr_engine.strength import kept_rows, search_rows
 from attr_engine.tensorfile import load_tensors, save_tensors
 from attr_engine.units import once, rank, run_units
 from attr_engine.unlearn import group_gradient, unlearn_query
+from attr_engine.updates import Update
 
 FISHER, SCORES_PARQUET, SCORES_CSV = "fisher.safetensors", "scores.parquet", "scores.csv"
+SIZES = "sizes.json"
 
 
 def _fisher_settings(job: Job) -> FisherSettings:
@@ -109,6 +115,59 @@ def update_stage(job: Job, fisher: Fisher, finished: Path | None = None) -> None
             job.run.path / LOCKS / "update",
             lambda done: show(done, len(units)),
         )
+    _write_sizes(job)
+
+
+def _sizes_key(job: Job) -> str:
+    return key_of(
+        [update_key(job, q) for q in job.queries], [q.id for q in job.queries], job.run.settings.strengths
+    )
+
+
+def _write_sizes(job: Job) -> None:
+    """Keep how large every update is, beyond the updates themselves; there is nothing to tell where a strength is the size."""
+    path = job.run.path / SIZES
+    if job.run.settings.unit == "size" or path.exists():
+        return
+    with once(job.run.path / LOCKS / "sizes.lock", path) as mine:
+        if not mine:
+            return
+        rows = []
+        for query, function in ((q, f) for q in job.queries for f in job.row_functions):
+            for strength in job.made(function):
+                update = Update.load(
+                    job.update_path(query, strength, function), update_key(job, query, function)
+                )
+                found = {
+                    "query": query.id,
+                    "strength": strength,
+                    "of": function,
+                    "size": update.size,
+                    "lr": update.lr,
+                }
+                rows.append({**found, **update.reaction})
+        write_json(path, {"key": _sizes_key(job), "updates": rows})
+
+
+def sizes(job: Job) -> list[dict[str, Any]]:
+    """How large every update of a run is, where a strength is not the size: once the updates were made.
+
+    Returns:
+        Of each update ``query``, ``strength``, ``of`` (what was raised), ``size``, ``lr``, and what
+        :func:`attr_engine.strength.find_size` found; empty where a strength is the size, or an earlier version unlearned.
+
+    Raises:
+        UserError: the file belongs to other settings.
+    """
+    path = job.run.path / SIZES
+    if job.run.settings.unit == "size" or not path.exists():
+        return []
+    kept = read_json(path, "table of sizes")
+    if kept.get("key") != _sizes_key(job):
+        raise UserError(
+            f"{path} belongs to other settings, another model or other data: delete it, or choose another --out"
+        )
+    return list(kept["updates"])
 
 
 def _update_query(
@@ -125,7 +184,8 @@ def _update_query(
     if not missing:
         return
     rows = len(query.indices) * s.update_draws
-    tick = show.within(-(-rows // job.rows) * (1 + len(missing) * (s.steps - 1)))
+    searches = len(missing) * -(-search_rows(s, rows) // job.rows)
+    tick = show.within(-(-rows // job.rows) * (1 + len(missing) * (s.steps - 1)) + searches)
     draws = range(s.update_draws)
     first = group_gradient(
         job.model,
@@ -142,7 +202,7 @@ def _update_query(
     for strength in missing:
         update = unlearn_query(
             job.model, query.tracks, query.indices, fisher, job.plan, len(job.tracks), strength, s.unit,
-            s.steps, s.update_draws, s.damping, s.mask_update, job.rows, first, function, tick,
+            s.steps, s.update_draws, s.damping, s.mask_update, job.rows, first, function, tick, kept_rows(s),
         )  # fmt: skip
         dtype = torch.bfloat16 if s.update_dtype == "bfloat16" else None
         update.save(job.update_path(query, strength, name), update_key(job, query, name), dtype)
@@ -177,7 +237,8 @@ def finish(job: Job, parts: Sequence[Part], solved: Solved | None = None) -> Att
         values={name: by_function[name][0] for name in s.functions},
         errors={name: by_function[name][1] for name in s.functions},
         base=base,
-        meta=run_metadata(job, fisher=job.key(*FISHER_SETTINGS)),
+        meta=run_metadata(job, fisher=job.key(*FISHER_SETTINGS))
+        | ({"updates": found} if (found := sizes(job)) else {}),
         draws=draws,
     )
     if job.pieces is not None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attr_engine import kernels
-from attr_engine.diffusion import ROW_FUNCTIONS, noised_rows, predict, row_losses, work_dtype
+from attr_engine.diffusion import ROW_FUNCTIONS, Noised, noised_rows, predict, row_losses, work_dtype
 from attr_engine.features import Projector, row_features
 from attr_engine.fisher import Fisher
 from attr_engine.influence import DIRECTION_BYTES, one_row_dots, row_dots
@@ -111,7 +111,22 @@ class Probe:
         rows = min(job.rows, s.update_draws)
         make, pairs = self._rows("update", rows, s.update_draws, s.mask_update, query.tracks, query.index)
         gradient = self._each(lambda: summed_gradient(job.model, self.parameters, make())) / len(pairs)
-        return work.gradients * gradient + work.written * self._each(self._write)
+        seconds = work.gradients * gradient + work.written * self._each(self._write)
+        if work.forward:  # sizes are looked for
+            seconds = seconds + work.forward * self._forward(make()) / len(pairs)
+        return np.asarray(seconds)
+
+    def _forward(self, noised: Noised) -> np.ndarray:
+        """Of a pass under an update, its losses and displacements."""
+        with torch.no_grad():
+            before = predict(self.job.model, noised)
+
+            def forward() -> None:
+                after = predict(self.job.model, noised)
+                row_losses(after, noised)
+                kernels.per_draw_loss(after, before, noised.counted)
+
+            return self._each(forward)
 
     def _write(self) -> None:
         """Make and write an update, whose gradient is there already."""
@@ -130,17 +145,8 @@ class Probe:
         s, job = self.s, self.job
         rows = min(job.rows, s.unit_tracks * s.score_draws)
         make, pairs = self._rows("score", rows, s.score_draws, s.mask_score, job.tracks)
-        noised = make()
         self._write()
-        with torch.no_grad():
-            before = predict(job.model, noised)
-
-            def forward() -> None:
-                after = predict(job.model, noised)
-                row_losses(after, noised)
-                kernels.per_draw_loss(after, before, noised.counted)
-
-            seconds = work.forward * self._each(forward) / len(pairs)
+        seconds = work.forward * self._forward(make()) / len(pairs)
         noising = (work.tracks * s.score_draws + work.gradients) * self._each(make) / len(pairs)
         seconds = (
             seconds + noising + work.tracks * self.reading(s.unit_tracks) + work.read * self._each(self._read)

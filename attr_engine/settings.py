@@ -62,8 +62,10 @@ class Settings:
     )
     unit: str = _option(
         "size",
-        "what a strength is: norm of the update relative to the weights, or the paper's learning rate",
-        ("size", "lr"),
+        "what a strength is: norm of the update relative to the weights (size); the paper's learning rate (lr); or what every query "
+        "reaches on the draws of its update, its size being looked for: that part of the way from its loss to that of predicting nothing "
+        "(null_loss, at most 1), or that change of its prediction, relative to the prediction's power (displacement)",
+        ("size", "lr", "null_loss", "displacement"),
     )
     steps: int = _option(1, "unlearning steps")
     damping: float = _option(0.1, "added to the Fisher, relative to its mean")

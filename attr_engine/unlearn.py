@@ -7,20 +7,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from attr_engine.diffusion import DrawPlan, RowFunction, losses, noised_rows, work_dtype
+from attr_engine.diffusion import DrawPlan, Noised, RowFunction, losses, noised_rows, work_dtype
 from attr_engine.errors import UserError
 from attr_engine.fisher import check_damping
 from attr_engine.latents.batch import Batch, Tracks, check_tracks
 from attr_engine.models.protocol import Denoiser
 from attr_engine.persample import summed_gradient
+from attr_engine.strength import KEPT_ROWS, SEARCHED, Response, find_size
 from attr_engine.updates import Update, applied
 
 _TRACKS = 64  # of a group that are in memory at a time
+UNITS = ("size", "lr", *SEARCHED)
+"""What a strength can be: the norm of the whole update relative to the norm of the weights, the paper's learning rate, or how far the
+query itself is unlearned (:mod:`attr_engine.strength`)."""
 
 
 class Curvature(Protocol):
@@ -87,17 +92,51 @@ def _norm(tensors: Mapping[str, Tensor]) -> float:
     )
 
 
-def check_settings(strength: float, unit: str, steps: int, damping: float) -> None:
-    """Refuse what cannot be computed.
+def check_settings(strength: float, unit: str, steps: int, damping: float, loss: bool = True) -> None:
+    """Refuse what cannot be computed; ``loss`` says whether the loss alone is what is raised.
 
     Raises:
         UserError: names the setting.
     """
-    if unit not in ("size", "lr") or not 0.0 < strength < math.inf or steps < 1:
+    if unit not in UNITS or not 0.0 < strength < math.inf or steps < 1:
         raise UserError(
-            f"strength {strength} in unit {unit!r} with {steps} steps: use a positive strength, 'size' or 'lr', at least 1 step"
+            f"strength {strength} in unit {unit!r} with {steps} steps: use a positive strength, one of {', '.join(UNITS)}, at least 1 step"
+        )
+    if unit in SEARCHED and steps > 1:
+        raise UserError(
+            f"the size of an update is looked for along one direction, and {steps} steps have {steps}: use --steps 1 with unit {unit!r}, "
+            "or --unit size"
+        )
+    if unit == "null_loss" and strength > 1.0:
+        raise UserError(
+            f"strength {strength} in unit 'null_loss' is a part of the way to the null loss: use one above 0 and at most 1"
+        )
+    if unit == "null_loss" and not loss:
+        raise UserError(
+            "unit 'null_loss' is about the loss, and an update that raises the squared norm (norm_influence) need not raise it: leave that "
+            "score function out, or use --unit displacement"
         )
     check_damping(damping)
+
+
+def _passes(
+    model: Denoiser,
+    tracks: Tracks,
+    indices: Sequence[int],
+    draws: range,
+    plan: DrawPlan,
+    masked: bool,
+    rows: int,
+) -> list[Callable[[], Noised]]:
+    """What makes the noised rows of an update's gradient, pass by pass; the tracks of a pass are read when it is made."""
+    pairs = [(i, draw) for i in indices for draw in draws]
+
+    def make(some: Sequence[tuple[int, int]]) -> Noised:
+        here = list(dict.fromkeys(i for i, _ in some))
+        batch = tracks.batch(here, model.frames)
+        return noised_rows(model, batch, [(here.index(i), d) for i, d in some], plan, "update", masked)
+
+    return [partial(make, pairs[k : k + rows]) for k in range(0, len(pairs), rows)]
 
 
 def unlearn_query(
@@ -117,6 +156,7 @@ def unlearn_query(
     first_gradient: Mapping[str, Tensor] | None = None,
     function: RowFunction = losses,
     tick: Callable[[], None] = lambda: None,
+    kept_rows: int = KEPT_ROWS,
 ) -> Update:
     """Unlearn one query from theta_0.
 
@@ -128,9 +168,10 @@ def unlearn_query(
         plan: draw plan; the purpose is ``update``, step k uses draws ``k * draws`` and on.
         training_tracks: N of the formula.
         strength: with ``unit="lr"`` the paper's learning rate; with ``unit="size"`` the norm of the
-            whole update relative to the norm of the parameters (each step has ``1/steps`` of it).
-        unit: ``"size"`` or ``"lr"``.
-        steps: how many updates, each with a gradient of its own.
+            whole update relative to the norm of the parameters (each step has ``1/steps`` of it); with the others what the query has to
+            reach, from which its size follows (:mod:`attr_engine.strength`).
+        unit: one of :data:`UNITS`.
+        steps: how many updates, each with a gradient of its own; 1 where a size is looked for.
         draws: draws a step, a multiple of the plan's replicates.
         damping: relative to the mean of the Fisher over all parameters of the group; of another curvature, see there.
         masked: M_U, whether only valid frames of the query count.
@@ -140,13 +181,15 @@ def unlearn_query(
         function: what is raised, of (model, noised rows) ``[B]``: the loss, or another function of the query whose
             preconditioned gradient is wanted (:data:`attr_engine.diffusion.ROW_FUNCTIONS`).
         tick: called before every pass; what it raises ends the unlearning.
+        kept_rows: of a query with so many rows (tracks times draws) at most, the rows and their predictions stay in memory while a size is
+            looked for; of others, they are made again for every size.
 
     Raises:
-        UserError: an unusable query or setting, or a gradient that is zero or not finite.
+        UserError: an unusable query or setting, a gradient that is zero or not finite, or a query that cannot be unlearned so far.
     """
     check_tracks(queries, model.channels, model.frames, "query")
     plan.check(draws, "the number of update draws")
-    check_settings(strength, unit, steps, damping)
+    check_settings(strength, unit, steps, damping, function is losses)
     shapes = fisher.shapes()
     parameters = {n: p for n, p in model.module.named_parameters() if n in shapes}
     strange = [n for n, shape in shapes.items() if n not in parameters or shape != parameters[n].shape]
@@ -155,8 +198,9 @@ def unlearn_query(
     weight_norm = _norm(parameters)
     indices = [index] if isinstance(index, int) else list(index)
     name = queries.ids[indices[0]]
+    named = name if len(indices) == 1 else f"{name} and {len(indices) - 1} more"
     delta = {n: torch.zeros_like(p, dtype=work_dtype(model)) for n, p in parameters.items()}
-    first_lr = 0.0
+    first_lr, reaction = 0.0, dict[str, float]()
     for k in range(steps):
         if k == 0 and first_gradient is not None:
             gradient: Mapping[str, Tensor] = first_gradient
@@ -170,10 +214,16 @@ def unlearn_query(
         length = _norm(direction)
         if not 0.0 < length < float("inf"):
             raise UserError(
-                f"the gradient of query {name!r} has norm {length}: the layers {list(delta)[:1]}... do not see it, or it holds NaN"
+                f"the gradient of query {named!r} has norm {length}: the layers {list(delta)[:1]}... do not see it, or it holds NaN"
             )
-        lr = strength if unit == "lr" else strength / steps * weight_norm * training_tracks / length
+        size = strength / steps
+        if unit in SEARCHED:
+            makes = _passes(model, queries, indices, range(draws), plan, masked, rows)
+            keep = len(indices) * draws <= kept_rows
+            response = Response(model, direction, weight_norm / length, makes, keep, tick)
+            size, reaction = find_size(response, strength, unit, named)
+        lr = strength if unit == "lr" else size * weight_norm * training_tracks / length
         first_lr = first_lr or lr
         for n in delta:
             delta[n] += (lr / training_tracks) * direction[n]
-    return Update(name, strength, unit, delta, first_lr, _norm(delta) / weight_norm)
+    return Update(name, strength, unit, delta, first_lr, _norm(delta) / weight_norm, reaction)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -27,10 +27,11 @@ class Update:
     Attributes:
         query: id of the query.
         strength: as asked for, in its unit.
-        unit: ``"size"`` (norm of the update relative to the norm of the parameters) or ``"lr"``.
+        unit: what that is, one of :data:`attr_engine.unlearn.UNITS`.
         delta: parameter name to tensor (float32; float64 for a float64 model; as :meth:`save` wrote it where it was loaded).
         lr: the learning rate of the paper's formula that this strength meant, of the first step.
         size: norm of the update relative to the norm of the parameters.
+        reaction: what it does to its own query, where its size was looked for (:func:`attr_engine.strength.find_size`); else empty.
     """
 
     query: str
@@ -39,6 +40,7 @@ class Update:
     delta: Mapping[str, Tensor]
     lr: float
     size: float
+    reaction: Mapping[str, float] = field(default_factory=dict)
 
     def save(self, path: Path, key: str, dtype: torch.dtype | None = None) -> None:
         """Write to safetensors, under a key that :meth:`load` checks.
@@ -55,6 +57,7 @@ class Update:
             "unit": self.unit,
             "lr": self.lr,
             "size": self.size,
+            "reaction": dict(self.reaction),
         }
         save_tensors(path, {name: value.to(dtype or value.dtype) for name, value in self.delta.items()}, meta)
 
@@ -66,7 +69,10 @@ class Update:
             UserError: missing or damaged file, or another key than the one asked for.
         """
         delta, meta = open_tensors(path, key)
-        return Update(meta["query"], meta["strength"], meta["unit"], delta, meta["lr"], meta["size"])
+        reaction = meta.get("reaction", {})  # which an earlier version did not write
+        return Update(
+            meta["query"], meta["strength"], meta["unit"], delta, meta["lr"], meta["size"], reaction
+        )
 
 
 def unlearned_weights(model: Denoiser, delta: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -94,12 +94,13 @@ class Ridge(_Score):
 
 @dataclass(frozen=True)
 class _Unlearning(_Score):
-    strength: float = option(1e-2, "size of the update relative to the weights")
+    strength: float = option(1e-2, "of the update, in its unit")
+    unit: str = option("size", "of a strength: size relative to the weights, lr, null_loss or displacement")
     damping: float = option(0.1, "added to the Fisher, relative to its mean")
 
     def settings(self, s: Settings) -> Settings:
         """Of its run."""
-        return replace(s, strengths=(self.strength,), unit="size", damping=self.damping)
+        return replace(s, strengths=(self.strength,), unit=self.unit, damping=self.damping)
 
 
 @method(

@@ -16,6 +16,10 @@ from attr_engine.result import Attribution
 from attr_engine.score import RIDGE
 from attr_engine.settings import Settings
 
+_UNITS = {
+    "size": "relative size", "lr": "lr", "null_loss": "part of the way to the null loss", "displacement": "relative displacement"
+}  # fmt: skip
+
 
 def text_of(info: Mapping[str, Any], *names: str) -> str:
     """The first of the named entries that holds something, as text."""
@@ -39,7 +43,7 @@ def strength_text(job: Job, strength: float, function: str = "") -> str:
     """A strength with its unit; of ridge its lambda."""
     if function == RIDGE:
         return f"lambda {job.run.settings.ridge:g}"
-    return f"relative size {strength:g}" if job.run.settings.unit == "size" else f"lr {strength:g}"
+    return f"{_UNITS[job.run.settings.unit]} {strength:g}"
 
 
 def relatives(job: Job, query: Query) -> dict[str, str]:
@@ -72,7 +76,8 @@ def controls_of(job: Job, result: Attribution) -> dict[str, np.ndarray]:
 
 def result_tables(job: Job, result: Attribution, controls: Mapping[str, np.ndarray]) -> list[Table]:
     """Every table that the queries of a job allow."""
-    return [t for t in (self_table(job, result), relation_table(job, result, controls)) if t is not None]
+    found = (self_table(job, result), relation_table(job, result, controls), size_table(job, result))
+    return [t for t in found if t is not None]
 
 
 def self_table(job: Job, result: Attribution) -> Table | None:
@@ -138,6 +143,35 @@ def relation_table(job: Job, result: Attribution, controls: Mapping[str, np.ndar
         "Held-out queries: are their known parents found?",
         ["score", "strength", "mAP", "standard error", "recall at 10"],
         rows,
+        note,
+    )
+
+
+def size_table(job: Job, result: Attribution) -> Table | None:
+    """How large the updates are, and what they do to their own queries, where a strength is not the size."""
+    rows = [row for row in result.meta.get("updates", ()) if row["of"] == "loss"]
+    if not rows:
+        return None
+    names = ("size", "lr", "loss_before", "loss_after", "null_loss", "displacement")
+    numbers = [name for name in names if name in rows[0]]
+
+    def line(query: str, strength: float, values: Sequence[float]) -> list[str | float | int | None]:
+        return [query, strength_text(job, strength), *(float(f"{x:.4g}") for x in values)]
+
+    lines = [line(row["query"], row["strength"], [row[n] for n in numbers]) for row in rows]
+    for x in dict.fromkeys(row["strength"] for row in rows):
+        found = np.array([[row[n] for n in numbers] for row in rows if row["strength"] == x])
+        for what, summary in (("smallest", np.min), ("median", np.median), ("largest", np.max)):
+            lines.append(line(what, x, summary(found, axis=0)))
+    columns = {"size": "relative size", "lr": "learning rate", "displacement": "relative displacement"}
+    note = (
+        "Size: norm of the update relative to the norm of the weights. Losses, the null loss (of predicting nothing) and the change of the "
+        "prediction relative to its power are means over the query's update draws."
+    )
+    return Table(
+        "Size of each update",
+        ["query", "strength", *(columns.get(n, n.replace("_", " ")) for n in numbers)],
+        lines,
         note,
     )
 
