@@ -11,16 +11,16 @@ import ctypes
 import gc
 import json
 import os
-import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from fisher_peers import PEERS
 from fisher_ways import WAYS, Case, Size, Way, dit, errors, loop
+from record import watch_memory
 
 Answer = dict[str, Any]
 
@@ -71,34 +71,11 @@ def peak(name: str, size: Size, only: Sequence[str]) -> Answer:
     gc.collect()
     with contextlib.suppress(AttributeError, OSError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)  # memory that was freed and not given back would hide growth
-    highest, how = _watch()
+    highest, how = watch_memory()
     result = way.run()
     grown = highest()
     del result
     return {"peak_mb": grown / 1e6, "how": how}
-
-
-def _watch() -> tuple[Callable[[], int], str]:
-    """Start watching the resident size; the first that is returned says by how many bytes it has grown at most."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-        before = _status("VmRSS")
-        return lambda: _status("VmHWM") - before, "high-water mark"
-    except OSError:
-        # The peak of building may hide a part of the growth: ru_maxrss cannot be reset.
-        unit = 1 if sys.platform == "darwin" else 1024
-        first = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return (
-            lambda: unit * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - first),
-            "ru_maxrss, at least",
-        )
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"no {field}")
 
 
 def main() -> None:

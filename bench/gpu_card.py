@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from gpu_tools import DTYPES, Bench, Row, alternate
+from record import command
 
 from attr_engine.kernels import launch
 
@@ -40,6 +41,7 @@ def environment(bench: Bench, commit: str) -> dict[str, Any]:
     names = re.findall(r"^model name\s*: (.*)$", info.read_text(), re.M) if info.exists() else []
     out: dict[str, Any] = {
         "commit": commit or _said("git", "rev-parse", "HEAD") or "not known",
+        "command": command(),
         "python": platform.python_version(),
         "versions": versions,
         "cuda": torch.version.cuda,

@@ -95,7 +95,7 @@ def say(text: str) -> None:
 
 def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """All parts, in one run."""
-    environment, command = report.environment(), report.command_line()
+    environment, command = report.environment(), report.command()
     count = args.tracks or tracks_for(args.gigabytes)
     folder = work / f"tracks-{count}-{args.seed}"
     say(f"data: {count} tracks")

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import re
 import statistics
-import subprocess
-import sys
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-_VERSIONS = ("attr-engine", "torch", "numpy", "safetensors", "pyarrow")
+from record import command, environment, plain, write
+
+__all__ = [
+    "command",
+    "criteria",
+    "environment",
+    "markdown",
+    "not_measured",
+    "plain",
+    "row",
+    "summarize",
+    "write",
+]
 _BASES = ("memcpy", "numpy memmap", "stable-audio-tools")
 Row = dict[str, Any]
 
@@ -28,12 +31,6 @@ def row(kind: str, name: str, payload: int, **more: Any) -> Row:
 def not_measured(kind: str, name: str, status: str, reason: str, **more: Any) -> Row:
     """A row that is ``missing`` or ``failed``."""
     return {**row(kind, name, 0, **more), "status": status, "reason": plain(reason)}
-
-
-def plain(reason: str) -> str:
-    """A reason in one line, without addresses and without the folders of this machine."""
-    line = re.sub(r"https?://\S+", "[address]", " ".join(reason.split()))
-    return re.sub(r"(?<![\w.])/(?:[^\s/'\":,]+/)+", ".../", line)[:300]
 
 
 def summarize(rows: list[Row], threads: int) -> None:
@@ -130,53 +127,6 @@ def _label(entry: Row) -> str:
     return f"{entry['name']}, {entry['workers']} workers" if entry.get("workers") else entry["name"]
 
 
-def environment() -> dict[str, Any]:
-    """What the figures depend on."""
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*: (.*)$", info.read_text(), re.M) if info.exists() else []
-    huge = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    versions = {}
-    for name in _VERSIONS:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return {
-        "commit": _git("rev-parse", "HEAD"),
-        "changed_since_commit": bool(
-            _git("status", "--porcelain", "--", "attr_engine", "csrc", "kernels", "bench")
-        ),
-        "python": platform.python_version(),
-        "versions": versions,
-        "cpu": names[0] if names else platform.machine(),
-        "cores": os.cpu_count(),
-        "kernel": platform.release().split("-")[0],
-        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-        "huge_pages": huge.read_text().strip() if huge.exists() else "",
-        "load_average": [round(x, 2) for x in os.getloadavg()],
-        "omp_num_threads": os.environ.get("OMP_NUM_THREADS", ""),
-    }
-
-
-def _git(*arguments: str) -> str:
-    try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-    except FileNotFoundError:
-        return ""
-    return done.stdout.strip()
-
-
-def command_line() -> str:
-    """The command, without names of folders."""
-    words, hide = ["python", "bench/stream.py"], False
-    for word in sys.argv[1:]:
-        option, _, value = word.partition("=")
-        folder = option in ("--work", "--out")
-        words.append("DIR" if hide else f"{option}=DIR" if folder and value else word)
-        hide = folder and not value
-    return " ".join(words)
-
-
 def markdown(result: dict[str, Any]) -> str:
     """The result as tables."""
     data, host = result["data"], result["environment"]
@@ -214,9 +164,3 @@ def markdown(result: dict[str, Any]) -> str:
 
 def _times(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}" if value < 10 else f"{value:.0f}"
-
-
-def write(result: dict[str, Any], path: Path) -> None:
-    """Write the result as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,0 +1,172 @@
+"""Every question that bench/ answers, or some of them, one after the other.
+
+    python bench/run.py --quick                         does everything run? under two minutes; its times mean nothing
+    python bench/run.py --full --demo demo-run          the figures, into bench/results: hours on an idle machine
+    python bench/run.py --full fisher unlearn           some questions
+    python bench/run.py --list                          what each question is
+
+Each part is a script of its own in a process of its own; its tables go to stdout, its JSON into the folder of results. What needs a demo
+is skipped, with a sentence, where there is none. The exit code is 1 where a part failed or found something wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Part:
+    """One script of a question.
+
+    Attributes:
+        script: in bench/.
+        out: name of its JSON.
+        quick: its arguments with ``--quick``; None where it has no part in that.
+        full: its arguments with ``--full``; None where it has no part in that.
+        demo: ``"needs"`` a demo, ``"takes"`` one where there is one (not with ``--quick``), or nothing.
+        threads: whether it has ``--threads``.
+    """
+
+    script: str
+    out: str
+    quick: str | None
+    full: str | None
+    demo: str = ""
+    threads: bool = True
+
+
+QUESTIONS: dict[str, tuple[str, tuple[Part, ...]]] = {
+    "fisher": ("what a diagonal Fisher costs beside a plain backward pass, a loop and other libraries", (
+        Part("fisher.py", "fisher.json", "--quick --no-memory --repeat 2 --ways backward engine loop", "--peers"),
+    )),
+    "unlearn": ("what a step of unlearning costs beside plain passes and a loop", (
+        Part("unlearn.py", "unlearn.json", "--quick --repeat 2", ""),
+    )),
+    "score": ("what scoring many queries costs, and how exact a difference is", (
+        Part("score.py", "score.json", "--quick --repeat 1 --only modes", "--only queries modes", "needs"),
+    )),
+    "stream": ("how fast latents are streamed beside memcpy and other readers", (
+        Part("stream.py", "stream.json", "--tracks 60 --repetitions 2 --only limits ours", "--peers"),
+    )),
+    "kernels": ("what the kernels cost beside plain torch; on a GPU, and of their equals on a CPU", (
+        Part("kernels_cpu.py", "kernels-cpu.json", "--quick --repeat 2", ""),
+        Part("gpu.py", "gpu.json", None, "", threads=False),
+    )),
+    "index": ("which settings of an index are right, and how fast a query is", (
+        Part("index.py", "index.json", "--only speed --quick --repeat 2", "--only speed --peers"),
+        Part("index.py", "index.json", None, "--only quality", "needs", threads=False),
+    )),
+    "cold": ("how long it is until something happens: imports, --help, the first result", (
+        Part("cold.py", "cold.json", "--quick", "", "takes"),
+    )),
+    "scale": ("how time grows with tracks, frames, queries and processes", (
+        Part("scale.py", "scale.json", "--quick", ""),
+        Part("processes.py", "processes.json", None, "", "needs", threads=False),
+    )),
+    "end_to_end": ("how long the whole job takes: the demo", (
+        Part("end_to_end.py", "end_to_end.json", "--quick", None, "needs"),
+        Part("end_to_end.py", "end_to_end.json", None, "--run"),
+    )),
+    "memory": ("how much memory each stage takes, in a process of its own", (
+        Part("memory.py", "memory.json", "--quick --stages backward fisher", ""),
+        Part("score.py", "score.json", None, "--only memory"),
+        Part("stream_memory.py", "stream_memory.json", None, "", threads=False),
+    )),
+}  # fmt: skip
+
+
+def main() -> int:
+    """Run, and say what came of it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "questions", nargs="*", metavar="question", help=f"all of them, or some of: {', '.join(QUESTIONS)}"
+    )
+    how = parser.add_mutually_exclusive_group(required=True)
+    how.add_argument("--quick", action="store_true", help="small cases: does everything run?")
+    how.add_argument("--full", action="store_true", help="the figures")
+    how.add_argument("--list", action="store_true", help="say what each question is, and no more")
+    parser.add_argument("--demo", type=Path, default=Path("demo-run"), help="a finished demo (demo-run)")
+    parser.add_argument("--threads", type=int, help="of torch (what each script has for its own, mostly 2)")
+    parser.add_argument("--out", type=Path, help="folder of results (bench/results; with --quick bench-run)")
+    args = parser.parse_args()
+    strange = [name for name in args.questions if name not in QUESTIONS]
+    if strange:
+        parser.error(f"there is no question {strange[0]!r}; known: {', '.join(QUESTIONS)}")
+    if args.threads is not None and args.threads < 1:
+        parser.error("--threads must be at least 1")
+    if args.list:
+        print("\n".join(f"{name:12}{what}" for name, (what, _) in QUESTIONS.items()))
+        return 0
+    out = args.out or ROOT / ("bench-run" if args.quick else "bench/results")
+    out.mkdir(parents=True, exist_ok=True)
+    said, failed = [], False
+    for name in args.questions or QUESTIONS:
+        for part in QUESTIONS[name][1]:
+            if (part.quick if args.quick else part.full) is None:
+                continue
+            line, wrong = run(name, part, args, out)
+            said.append(line)
+            failed |= wrong
+    print("\n".join(["", "| question | script | | seconds | result |", "|---|---|---|---|---|", *said]))
+    return 1 if failed else 0
+
+
+def run(name: str, part: Part, args: argparse.Namespace, out: Path) -> tuple[str, bool]:
+    """One script: the line that says what came of it, and whether that is a failure."""
+    reason, command = plan(part, args, out / part.out)
+    if reason:
+        print(f"{name}: {part.script} is skipped: {reason}", file=sys.stderr, flush=True)
+        return f"| {name} | {part.script} | skipped: {reason} | | |", False
+    print(f"{name}: {' '.join(command[1:])}", file=sys.stderr, flush=True)
+    before = _written(out / part.out)
+    start = time.perf_counter()
+    known = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+    }
+    done = subprocess.run(command, env=known)
+    seconds = time.perf_counter() - start
+    said = "done" if done.returncode == 0 else f"**exit code {done.returncode}**"
+    if _written(out / part.out) == before:
+        said, done.returncode = said if done.returncode else "**no result**", done.returncode or 1
+    return f"| {name} | {part.script} | {said} | {seconds:.0f} | {part.out} |", done.returncode != 0
+
+
+def _written(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def plan(part: Part, args: argparse.Namespace, out: Path) -> tuple[str, list[str]]:
+    """Why a script is skipped, or its command."""
+    words = (part.quick if args.quick else part.full) or ""
+    more = words.split()
+    there = (args.demo / "run" / "timings.json").is_file()
+    if part.demo == "needs" and not there:
+        return f"{args.demo} holds no finished demo: make one with make demo, or name one with --demo", []
+    if part.script == "gpu.py" and not _gpu():
+        return "there is no GPU here", []
+    if part.threads and args.threads:
+        more += ["--threads", str(args.threads)]
+    if part.demo and there and not (args.quick and part.demo == "takes"):
+        more += ["--demo", str(args.demo)]
+    return "", [sys.executable, str(ROOT / "bench" / part.script), *more, "--out", str(out)]
+
+
+def _gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
