@@ -44,6 +44,7 @@ _RUN_EXAMPLES = """examples:
   attr-engine {0} --model config.json --weights model.ckpt --data latents --self-influence song-17 --out run
   attr-engine {0} --config run/config.json --out run-again        # replays a run
   attr-engine {0} --out run                                       # carries on where it was stopped
+  attr-engine {0} --config run/config.json --out run-again --profile       # and says where the time goes: run-again/profile.md
 """
 
 
@@ -85,6 +86,8 @@ def _add_settings(
         if spec.metadata["choices"]:
             options.pop("metavar")
             options["choices"] = spec.metadata["choices"]
+        if spec.metadata["bare"] is not None:
+            options |= {"nargs": "?", "const": spec.metadata["bare"]}
         if spec.name in several:
             options["nargs"] = "+"
         group.add_argument(

@@ -241,7 +241,7 @@ def make_job(run: Run, model: Denoiser, tracks: Tracks, queries: Sequence[Tracks
     Raises:
         UserError: no query, an unknown target, an id that stands twice, or groups of what cannot be grouped.
     """
-    s = run.settings
+    s, model = run.settings, run.profile.watch(model)
     if not s.groups:
         return Job(run, model, tracks, make_queries(tracks, queries, s.self_influence))
     if len(queries) != 1 or s.self_influence:
@@ -273,8 +273,8 @@ def check(job: Job) -> None:
             raise UserError(f"the strength {strength} stands twice in the settings: name each once")
     for draws, what in ((s.fisher_draws, "Fisher"), (s.update_draws, "update"), (s.score_draws, "score")):
         job.plan.check(draws, f"the number of {what} draws")
-    if min(s.unit_tracks, s.show) < 1 or min(s.rows, s.threads, s.memory) < 0:
-        raise UserError("unit_tracks and show must be at least 1, rows, threads and memory at least 0")
+    if min(s.unit_tracks, s.show) < 1 or min(s.rows, s.threads, s.memory, s.profile) < 0:
+        raise UserError("unit_tracks and show must be at least 1, rows, threads, memory, profile at least 0")
     if s.rescore < 1 or (s.index and s.groups):
         raise UserError("rescore must be at least 1; an index has no groups: leave out --index or --groups")
     if s.top:

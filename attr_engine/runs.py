@@ -17,6 +17,7 @@ from attr_engine.errors import UserError
 from attr_engine.files import remove_leftovers, write_json, writing_in
 from attr_engine.models.checkpoint import read_json
 from attr_engine.monitor import RUN, Cancel, Monitor, Progress, add_costs, costs_now
+from attr_engine.profiling import Profile
 from attr_engine.settings import Settings, differences, read_settings, to_json
 from attr_engine.units import held, lock, rank, workers
 
@@ -57,6 +58,7 @@ class Run:
         path: the directory.
         settings: what this run computes.
         monitor: what it tells while it works.
+        profile: where its time goes.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Run:
     ) -> None:
         self.path, self.settings = path, settings
         self.monitor = Monitor(path, cancel, bars)
+        self.profile = Profile(path, settings.profile)
 
     def record(self) -> None:
         """Bind the directory to the settings, before its first result: a refused call binds nothing."""
@@ -83,13 +86,14 @@ class Run:
         """Tell when a stage begins and ends, and what it costs; costs of resumed stages add up in ``timings.json``."""
         before = costs_now()
         try:
-            with self.monitor.stage(name):
+            with self.monitor.stage(name), self.profile.stage(name):
                 yield
         except BaseException:
             with contextlib.suppress(OSError, UserError):  # what ended the stage is the error to tell
                 self._add(name, before)
             raise
         self._add(name, before)
+        self.profile.write(self.timings)
 
     def _add(self, name: str, before: dict[str, float]) -> None:
         now = costs_now()

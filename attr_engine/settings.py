@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from attr_engine.errors import UserError
+from attr_engine.profiling import PASSES
 
 
-def _option(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
-    metadata = {"help": text, "choices": choices}
+def _option(default: Any, text: str, choices: tuple[str, ...] = (), bare: Any = None) -> Any:
+    """A field; ``bare`` is the value of its flag where none follows it."""
+    metadata = {"help": text, "choices": choices, "bare": bare}
     if isinstance(default, list | tuple):
         return field(default=tuple(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -148,6 +150,12 @@ class Settings:
         "", "folder made by attr-engine index: only its best --rescore tracks of every query are measured"
     )
     rescore: int = _option(300, "candidates a query that are taken from the index")
+    profile: int = _option(
+        0,
+        "trace so many passes of every stage (4 where no number follows), and write where the time went to profile.md in the run "
+        "directory",
+        bare=PASSES,
+    )
     show: int = _option(10, "tracks a ranking shows in the report")
     shares: str = _option(
         "excess-over-median",
@@ -167,8 +175,10 @@ class Settings:
             object.__setattr__(self, "functions", UNLEARNING if unlearning else ("ridge",))
 
 
-# These change what a report shows or how memory is used, not what is computed.
-_PRESENTATION = ("show", "shares", "controls", "false_accepts", "title", "keep_updates", "cache", "resident")
+# These change what a report shows, how memory is used or what is told, not what is computed.
+_PRESENTATION = (
+    "show", "shares", "controls", "false_accepts", "title", "keep_updates", "cache", "resident", "profile",
+)  # fmt: skip
 
 
 def to_json(settings: Settings) -> dict[str, Any]:

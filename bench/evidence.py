@@ -41,12 +41,7 @@ def main() -> int:
     """Compute, write, print."""
     args = _arguments()
     if args.table:
-        text = report.document(json.loads(args.table.read_text()))
-        if args.docs is None:
-            print(text)
-        else:
-            head, line, _ = args.docs.read_text(encoding="utf-8").partition(report.MARK)
-            args.docs.write_text(f"{head}{line or report.MARK}\n\n{text}", encoding="utf-8")
+        print(report.document(json.loads(args.table.read_text())))
         return 0
     import fisher_report
 
@@ -81,9 +76,6 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--table", type=Path, help="print the tables of a result")
-    parser.add_argument(
-        "--docs", type=Path, help="with --table: put them into this file, after its line of tables"
-    )
     return parser.parse_args()
 
 

@@ -10,7 +10,6 @@ import numpy as np
 from attr_engine import judge
 
 DEFAULT = "ridge (default)"
-MARK = "<!-- tables: python bench/evidence.py --table bench/results/evidence.json --docs docs/evidence.md -->"
 
 
 def text(found: judge.Estimate, digits: int = 2) -> str:

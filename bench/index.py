@@ -25,6 +25,7 @@ SIZES = (
     (115_000, 1024, "float16", ["exact float32", "HNSW 8 bits"]), (115_000, 1024, "int8", FAST),
     (5_000_000, 256, "float16", []), (5_000_000, 256, "int8", FAST),
 )  # fmt: skip
+PARTS = ("quality", "speed")
 QUICK = ((20_000, 64, "float16", ["exact float32"]), (20_000, 64, "int8", FAST))
 
 
@@ -32,7 +33,8 @@ def main() -> int:
     """Measure, write, print."""
     args = _arguments()
     if args.table:
-        print(report.markdown(json.loads(args.table.read_text())))
+        found = json.loads(args.table.read_text())
+        print(report.markdown({k: v for k, v in found.items() if k not in PARTS or k in args.only}))
         return 0
     result: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
     result["environment"] = stream_report.environment()
@@ -52,7 +54,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--demo", type=Path, default=Path("demo-run"), help="a finished demo (default demo-run)"
     )
-    parser.add_argument("--only", nargs="+", choices=("quality", "speed"), default=["quality", "speed"],
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS),
                         help="a part of it; the other part of --out stays as it is")  # fmt: skip
     parser.add_argument(
         "--threads", type=int, nargs="+", default=[2, 1], help="of torch and FAISS (default 2 1)"

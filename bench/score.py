@@ -32,8 +32,10 @@ def main() -> int:
     """Measure, write, print."""
     args = _arguments()
     if args.table:
-        print(report.markdown(json.loads(args.table.read_text())))
+        found = json.loads(args.table.read_text())
+        print(report.markdown({part: found[part] for part in args.only or PARTS if part in found}))
         return 0
+    args.only = args.only or ["queries", "modes"]
     import fisher_report
     import torch
 
@@ -59,8 +61,8 @@ def _arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--demo", type=Path, default=Path("demo-run"), help="folder of the demo (demo-run)")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=["queries", "modes"], metavar="PART",
-                        help=f"parts ({', '.join(PARTS)}; queries and modes)")  # fmt: skip
+    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART",
+                        help=f"parts ({', '.join(PARTS)}; queries and modes, and all of a --table)")  # fmt: skip
     parser.add_argument("--threads", type=int, default=2, help="of torch (2)")
     parser.add_argument("--repeat", type=int, default=3, help="rounds in which every way runs once (3)")
     parser.add_argument("--quick", action="store_true", help="few tracks and queries: does it run?")

@@ -1,0 +1,61 @@
+"""Put what bench/results says into the documentation: tables between their comments, and plots.
+
+    python bench/document.py                    docs/performance.md, docs/evidence.md, and docs/plots where matplotlib is installed
+    python bench/document.py --check            says what is not as the results are, and changes nothing; exit code 1 then
+    python bench/document.py docs/evidence.md   only that file
+
+A table is what the command in its comment prints. Every other line is left as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
+
+import blocks  # noqa: E402 - needs the path
+import plots  # noqa: E402
+
+PAGES = ("performance.md", "evidence.md")
+
+
+def main() -> int:
+    """Renew, or compare."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("pages", nargs="*", type=Path, help="Markdown files (docs/performance.md and docs/evidence.md)")  # fmt: skip
+    parser.add_argument("--check", action="store_true", help="compare only")
+    args = parser.parse_args()
+    old = []
+    for path in args.pages or [ROOT / "docs" / name for name in PAGES]:
+        text = path.read_text(encoding="utf-8")
+        new = blocks.renewed(text)
+        if new != text:
+            old.append(str(path))
+            if not args.check:
+                path.write_text(new, encoding="utf-8")
+    if not args.pages:
+        old += _plots(args.check)
+    for name in old:
+        print(f"{name} {'is not as the results are' if args.check else 'written'}")
+    return int(args.check and bool(old))
+
+
+def _plots(check: bool) -> list[str]:
+    """Plots whose series are not those of the results; drawn anew unless ``check``."""
+    stale = plots.stale()
+    if stale and not check:
+        if find_spec("matplotlib") is None:
+            print(f"not drawn, matplotlib is not installed: {', '.join(map(str, stale))}", file=sys.stderr)
+            return []
+        plots.draw(stale)
+    return [str(path) for path in stale]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
