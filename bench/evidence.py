@@ -96,16 +96,17 @@ def make_methods(sets: Sets, args: argparse.Namespace) -> None:
     common: dict[str, Any] = {"cache": str(sets.out / "cache")}
     run(sets.model, sets.tracks, sets.queries("known", "unknown", "generated", "targets"), sets.out / "runs" / "ridge",
         functions=("ridge",), **common)  # fmt: skip
-    run(
-        sets.model,
-        sets.tracks,
-        asked,
-        sets.out / "runs" / "unlearning",
-        strengths=(1e-3, 1e-2),
-        score_draws=8,
-        plan="track",
-        **common,
-    )
+    for plan, name in judged.UNLEARNED.items():
+        run(
+            sets.model,
+            sets.tracks,
+            asked,
+            sets.out / "runs" / name,
+            strengths=(1e-3, 1e-2),
+            score_draws=8,
+            plan=plan,
+            **common,
+        )
     run(
         sets.model,
         sets.tracks,

@@ -23,6 +23,7 @@ from attr_engine.result import Attribution
 
 RATE = 0.05  # of false accepts
 DEFAULT = "ridge (default)"
+UNLEARNED = {"track": "unlearning", "shared": "unlearning-shared"}  # plan of the draws to run
 LAMBDAS = (0.03, 0.1, 0.3, 1.0)
 
 
@@ -101,7 +102,9 @@ def lds(sets: Sets) -> dict[str, Any]:
     asked, choosing = _asked(sets, "judge"), _asked(sets, "choose")
     unlearned, influence = _scores(sets, "unlearning"), _scores(sets, "influence")
     methods = {DEFAULT: _by_ridge(sets, asked)}
-    methods |= {f"{name} (unlearning)": s for name, s in matrices(unlearned, asked).items()}
+    for plan_of_draws, run_of in UNLEARNED.items():
+        found = matrices(_scores(sets, run_of), asked)
+        methods |= {f"{name} (unlearning, {plan_of_draws} draws)": s for name, s in found.items()}
     names = {
         "influence": "influence, diagonal Fisher",
         "norm_influence": "influence of the squared norm, diagonal Fisher",
