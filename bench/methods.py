@@ -24,7 +24,7 @@ import record  # noqa: E402 - needs the path
 TARGETS = 8  # training tracks among the queries; three of them are shorter than 10 s
 # mucs and relabel take a minute a query as they are described; these are the figures of fewer draws and steps.
 METHODS = ("ridge", "das", "dtrak", "trak", "tracin", "influence", "norm_influence", "cosine", "features", "lpips", "rps", "loss_change",
-           "loss_change:strength=0.001", "skew", "displacement", "mucs:draws=16", "ascent", "relabel")  # fmt: skip
+           "loss_change:strength=0.001", "skew", "displacement", "mucs:draws=16", "ascent", "relabel:steps=30")  # fmt: skip
 
 
 def main() -> int:
