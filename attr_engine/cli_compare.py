@@ -13,7 +13,7 @@ from attr_engine.errors import UserError
 
 NOT_USED = (
     "functions", "strengths", "strengths_by", "unit", "groups", "top", "race_draws", "confidence", "race_share", "index", "rescore",
-    "show", "shares", "controls", "false_accepts", "title", "keep_updates", "cache", "ridge", "projection_rank",
+    "show", "shares", "controls", "false_accepts", "title", "keep_updates", "cache", "damping", "ridge", "projection_rank",
 )  # fmt: skip
 
 
@@ -85,7 +85,7 @@ def compare(args: argparse.Namespace) -> None:
             print(f"  {error}", file=sys.stderr)
     if not answers:
         raise UserError(f"no method could be asked, the first one because {next(iter(failed.values()))}")
-    base = base_losses(model, tracks, out / "base.safetensors")
+    base = base_losses(model, tracks, out)
     case, found = judged(answers, tracks, queries, base, model.frames, truth)
     text = markdown(found)
     write_json(out / "methods.json", [vars(t) for t in found])

@@ -94,13 +94,14 @@ def write(args: argparse.Namespace, settings: Settings) -> None:
 
 def _controls(given: list[str]) -> dict[str, Attribution | None]:
     from attr_engine.cli_judge import named_tables
+    from attr_engine.listening_answers import ALL
     from attr_engine.report.listening import COSINE, RANDOM
 
     if len(set(given)) < len(given):
         raise UserError("a control stands twice in --against: name each once")
     tables = named_tables([text for text in given if text not in (RANDOM, COSINE)])
-    if RANDOM in tables or COSINE in tables:
-        raise UserError(f"a table may not be called {RANDOM} or {COSINE}: name it, NAME=FILE")
+    if taken := {RANDOM, COSINE, ALL} & set(tables):
+        raise UserError(f"a table may not be called {min(taken)}: give it another name, NAME=FILE")
     plain: dict[str, Attribution | None] = {text: None for text in given if text in (RANDOM, COSINE)}
     return {**plain, **tables}
 

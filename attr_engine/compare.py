@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,7 +16,7 @@ from attr_engine.evaluation import Case, Cell, tables, with_controls
 from attr_engine.files import write_json, writing_in
 from attr_engine.jobs import Query
 from attr_engine.latents.batch import Tracks
-from attr_engine.methods.base import METHODS, Method, Workspace, no_progress, parse
+from attr_engine.methods.base import METHODS, Method, Workspace, model_key, no_progress, parse
 from attr_engine.models.checkpoint import read_json
 from attr_engine.models.protocol import Denoiser
 from attr_engine.pipeline import SCORES_PARQUET
@@ -29,7 +28,7 @@ from attr_engine.score import RIDGE
 from attr_engine.settings import Settings, decisive
 from attr_engine.tensorfile import load_tensors, save_tensors
 
-COSTS, WORK, BASE = "costs.json", "work", "base.safetensors"
+WORK = "work"
 _PATHS = ("model", "weights", "data", "queries")
 BASE_DRAWS = 8  # of the control by training loss
 
@@ -78,26 +77,32 @@ def ask(
         tracks: the training tracks, N.
         queries: Q, each id once.
         settings: layers, draws and so on of white-box methods; its paths are written down for later commands.
-        out: folder of the method: ``scores.parquet``, ``costs.json`` and whatever it keeps.
+        out: folder of the method: ``scores.parquet``, and ``work`` with whatever it keeps.
         progress: makes progress callbacks.
 
     Raises:
         UserError: the method is unknown, lacks something, or gave no finite ``[Q, N]``.
     """
     _, chosen = parse(name)
+    about = _key(chosen, model, tracks, settings)
+    work, spent = out / WORK / about, out / WORK / f"{about}.json"
     with writing_in(out):
-        out.mkdir(parents=True, exist_ok=True)
-        costs = _costs(out / COSTS)
-        started = time.perf_counter()
-        fitted = chosen.fit(model, tracks, Workspace(out / WORK, settings, progress))
-        key = _key(chosen, model, tracks, queries, settings, getattr(fitted, "fingerprint", ""))
-        path = out / SCORES_PARQUET
+        work.mkdir(parents=True, exist_ok=True)
+        before, started = (
+            read_json(spent, "record of costs")["once"] if spent.exists() else 0.0,
+            time.perf_counter(),
+        )
+        try:
+            fitted = chosen.fit(model, tracks, Workspace(work, settings, progress))
+        finally:
+            once = before + time.perf_counter() - started
+            write_json(spent, {"once": once})
+        asked = [(q.tracks.fingerprint, q.indices) for q in queries]
+        key, path = key_of(about, asked, getattr(fitted, "fingerprint", "")), out / SCORES_PARQUET
         known = Attribution.from_parquet(path) if path.exists() else None
         if known is not None and known.meta.get("key") == key:
-            return Answer(name, next(iter(known.values.values())), **costs["finished"])
-        costs["once"] = costs.get("once", 0.0) + time.perf_counter() - started
-        costs["kept"] = sum(p.stat().st_size for p in out.rglob("*") if p.is_file() and p.parent != out)
-        write_json(out / COSTS, costs)
+            return Answer(name, next(iter(known.values.values())), **known.meta["costs"])
+        kept = sum(p.stat().st_size for p in work.rglob("*") if p.is_file())
         started = time.perf_counter()
         scores = np.asarray(fitted.score(queries), dtype=np.float64)
         each = (time.perf_counter() - started) / len(queries)
@@ -106,45 +111,37 @@ def ask(
                 f"method {name!r} gave scores {list(scores.shape)}, {int((~np.isfinite(scores)).sum())} of them not finite, for "
                 f"{len(queries)} queries and {len(tracks)} tracks: leave it out, or look at its options"
             )
-        finished = {"once": costs["once"], "each": each, "kept": costs["kept"]}
-        _table(name, scores, tracks, queries, settings, key).to_parquet(path)
-        write_json(out / COSTS, {**costs, "finished": finished})
-        return Answer(name, scores, **finished)
+        answer = Answer(name, scores, once, each, kept)
+        _table(answer, tracks, queries, settings, key).to_parquet(path)
+        return answer
 
 
-def _costs(path: Path) -> dict[str, Any]:
-    return read_json(path, "record of costs") if path.exists() else {}
-
-
-def _key(
-    chosen: Method, model: Denoiser, tracks: Tracks, queries: Sequence[Query], settings: Settings, more: str
-) -> str:
-    asked = [(q.tracks.fingerprint, q.index) for q in queries]
-    values = {
-        name: value for name, value in decisive(settings).items() if name not in (*_PATHS, "self_influence")
-    }
-    return key_of(
-        type(chosen).__name__, vars(chosen), model.fingerprint, tracks.fingerprint, asked, values, more
-    )
+def _key(chosen: Method, model: Denoiser, tracks: Tracks, settings: Settings) -> str:
+    """Of what a fitted method depends on, but for files that it reads itself."""
+    no = (*_PATHS, "self_influence")
+    values = {name: value for name, value in decisive(settings).items() if name not in no}
+    return key_of(type(chosen).__name__, vars(chosen), model_key(model), tracks.fingerprint, values)
 
 
 def _table(
-    name: str, scores: np.ndarray, tracks: Tracks, queries: Sequence[Query], settings: Settings, key: str
+    answer: Answer, tracks: Tracks, queries: Sequence[Query], settings: Settings, key: str
 ) -> Attribution:
     """Scores in the form that runs have them: for retrain, evaluate and figures."""
     paths = {name: value for name, value in decisive(settings).items() if name in _PATHS}
+    costs = {"once": answer.once, "each": answer.each, "kept": answer.kept}
     return Attribution(
-        list(tracks.ids), [(q.id, 0.0) for q in queries], {name: scores}, {name: np.full_like(scores, np.nan)},
-        np.full(len(tracks), np.nan), {"method": name, "key": key, "settings": paths},
-        np.ones(scores.shape, dtype=np.int64),
+        list(tracks.ids), [(q.id, 0.0) for q in queries], {answer.name: answer.scores},
+        {answer.name: np.full_like(answer.scores, np.nan)}, np.full(len(tracks), np.nan),
+        {"method": answer.name, "key": key, "costs": costs, "settings": paths}, np.ones(answer.scores.shape, dtype=np.int64),
     )  # fmt: skip
 
 
-def base_losses(model: Denoiser, tracks: Tracks, path: Path) -> np.ndarray:
+def base_losses(model: Denoiser, tracks: Tracks, folder: Path) -> np.ndarray:
     """Loss of every track under theta_0, ``[N]``, kept: for the control by training loss."""
     import torch
 
-    key = key_of(model.fingerprint, tracks.fingerprint, BASE_DRAWS)
+    key = key_of(model_key(model), tracks.fingerprint, BASE_DRAWS)
+    path = folder / f"base-{key}.safetensors"
     if not path.exists():
         found = query_losses(model, tracks, BASE_DRAWS).mean(axis=1)
         save_tensors(path, {"base": torch.from_numpy(found)}, {"key": key})

@@ -25,7 +25,7 @@ from attr_engine.judge import Estimate, bootstrap, share
 from attr_engine.latents.ingest import Encoder
 from attr_engine.latents.store import LatentDataset
 from attr_engine.methods import Method, Workspace, parse
-from attr_engine.methods.base import no_progress
+from attr_engine.methods.base import model_key, no_progress
 from attr_engine.models.protocol import Denoiser
 from attr_engine.perturb import NONE, known, perturb_queries
 from attr_engine.report.data import Table
@@ -215,12 +215,12 @@ class _Asked:
 
     def measure(self) -> np.ndarray:
         """Ranks and scores of the sources, ``[2, S, V]``; what is on disk is not measured again."""
-        keys = {name: self._key(name) for name in self.sets}
+        self.work.folder.mkdir(parents=True, exist_ok=True)
+        fitted = self.method.fit(self.model, self.tracks, self.work)  # what is kept is not made again
+        keys = {name: self._key(name, getattr(fitted, "fingerprint", "")) for name in self.sets}
         paths = {name: self.folder / f"{key}.safetensors" for name, key in keys.items()}
         missing = [name for name, path in paths.items() if not path.exists()]
         if missing:
-            self.work.folder.mkdir(parents=True, exist_ok=True)
-            fitted = self.method.fit(self.model, self.tracks, self.work)
             total, show = sum(map(len, self.sets.values())), self.work.progress(self.name, "version")
             show(done := total - sum(len(self.sets[name]) for name in missing), total)
             for name in missing:
@@ -231,9 +231,9 @@ class _Asked:
         parts = [load_tensors(path, keys[name])[0]["found"].numpy() for name, path in paths.items()]
         return np.concatenate(parts, axis=2)
 
-    def _key(self, name: str) -> str:
+    def _key(self, name: str, fingerprint: str) -> str:
         return key_of(
-            self.name, self.model.fingerprint, self.tracks.fingerprint, self.sets[name].fingerprint, self.members,
+            self.name, fingerprint, model_key(self.model), self.tracks.fingerprint, self.sets[name].fingerprint, self.members,
             decisive(self.work.settings),
         )  # fmt: skip
 

@@ -28,7 +28,7 @@ from attr_engine.frechet import frechet_distance
 from attr_engine.judge import bootstrap
 from attr_engine.latents.batch import Chosen, Tracks, check_tracks
 from attr_engine.methods.ascent import ascend, relabelled
-from attr_engine.methods.base import no_progress
+from attr_engine.methods.base import model_key, no_progress
 from attr_engine.methods.mucs import Mirroring, mirrored
 from attr_engine.methods.unlearner import Outcome, null_loss, training_plan
 from attr_engine.models.checkpoint import read_json
@@ -116,10 +116,14 @@ class Forgetting:
         self.embedding: Embedding | None = None
         if h.pieces:
             self.embedding = embedding(h.embedding, tracks)
+            if self.embedding.of_latents is None:
+                raise UserError(
+                    f"pieces cannot be embedded by {h.embedding}: use another --embedding, or no pieces (--pieces 0)"
+                )
             both = {"forget": self.chosen, "remain": self.kept}
             self.prompts = {name: self._prompts(which, rng) for name, which in both.items()}
         self.key = key_of(
-            model.fingerprint, tracks.fingerprint, self.chosen, None if held_out is None else held_out.fingerprint,
+            model_key(model), tracks.fingerprint, self.chosen, None if held_out is None else held_out.fingerprint,
             {n: v for n, v in asdict(h).items() if n not in ("strengths", "checkpoints", "rows")},
         )  # fmt: skip
 
@@ -141,6 +145,10 @@ class Forgetting:
         if not all(0 < x < math.inf for x in named) or len({f"{x:g}" for x in named}) < len(named):
             raise UserError(
                 f"the strengths are {named}: each has to be above 0, and told from the others by six digits"
+            )
+        if h.method == "mucs" and max(named) > 1:
+            raise UserError(
+                f"the strengths of mucs are parts of the null loss, {max(named):g} is above 1: use at most 1"
             )
         if h.method == "relabel" and not all(x == int(x) for x in named):
             raise UserError(f"the strengths of relabel are steps, {named} are not whole numbers")

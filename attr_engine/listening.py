@@ -101,7 +101,8 @@ class Key:
         """
         again = "give the key.json that attr-engine report --listening-test wrote"
         try:
-            data = path.read_bytes()[: _MAX_KEY + 1]
+            with path.open("rb") as file:
+                data = file.read(_MAX_KEY + 1)
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror}): {again}") from error
         try:

@@ -293,6 +293,7 @@ def judge(keys: Mapping[str, Key], answers: Sequence[Answer], catch_share: float
     return Judgement(tables, list(answers), frozenset(kept))
 
 
+ALL = "all"  # the line of all controls together
 _TALLY = ["retrieved", "control", "neither"]
 
 
@@ -323,11 +324,11 @@ def _consistency(answers: Sequence[Answer]) -> tuple[int, int]:
 def _by_control(keys: Mapping[str, Key], answers: Sequence[Answer], dropped: int) -> Table:
     names = list(dict.fromkeys(name for key in keys.values() for name in key.against))
     rows: list[list[Cell]] = []
-    for name in [*names, *(["all"] if len(names) > 1 else [])]:
-        some = [a for a in answers if name == "all" or a.trial.against == name]
+    for name in [*names, *([ALL] if len(names) > 1 else [])]:
+        some = [a for a in answers if name == ALL or a.trial.against == name]
         retrieved, control, neither = _tally(some)
         said = share(retrieved, retrieved + control)
-        same = sum(n for key in keys.values() for k, n in key.same.items() if name in ("all", k))
+        same = sum(n for key in keys.values() for k, n in key.same.items() if name in (ALL, k))
         rows.append([name, retrieved, control, neither, said.value, said.low, said.high, binomial(retrieved, retrieved + control),
                      _over([a.listener for a in some], some), _over([a.trial.query for a in some], some),
                      _share_of([a for a in some if a.confidence == "sure"]), same])  # fmt: skip

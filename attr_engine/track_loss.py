@@ -166,6 +166,10 @@ def forget(
     move = ascent if settings.method == "ascent" else relabel
     move(loss, np.flatnonzero(chosen).tolist(), settings, after_passes(n))
     after = track_losses(loss, everything, settings.rows, after_passes(n + settings.steps))
+    if not np.isfinite(after).all():
+        raise UserError(
+            "forgetting diverged: a loss is not finite afterwards; use a smaller --lr, or fewer --steps"
+        )
     return Forgotten(list(loss.ids), chosen, before, after)
 
 
@@ -221,7 +225,12 @@ def _descend(
         if length > 0.0:
             for name, p in loss.parameters.items():
                 p.grad = gradient[name].to(p.dtype)
-            optimizer.step()
+            try:
+                optimizer.step()
+            except RuntimeError as error:  # torch refuses a rate that its numbers cannot hold
+                raise UserError(
+                    f"forgetting cannot take steps of lr {settings.lr:g} ({error}): use a smaller --lr"
+                ) from error
         progress(step + 1, settings.steps)
     optimizer.zero_grad(set_to_none=True)
 
@@ -229,9 +238,11 @@ def _descend(
 def _places(count: int, step: int, settings: ForgetSettings) -> list[int]:
     """Places of the forget set that a step takes: all of it, or the next part of an order that is new in every round."""
     size = min(settings.batch or count, count)
-    round_, first = divmod(step * size, count)
-    orders = [np.random.default_rng([settings.seed, round_ + k]).permutation(count) for k in range(2)]
-    return sorted(np.concatenate(orders)[first : first + size].tolist())
+    round_, part = divmod(
+        step, -(-count // size)
+    )  # the last part of a round may be smaller: no track stands twice in a step
+    order = np.random.default_rng([settings.seed, round_]).permutation(count)
+    return sorted(order[part * size : (part + 1) * size].tolist())
 
 
 def mean_gradient(

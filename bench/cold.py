@@ -71,7 +71,9 @@ def measure(args: argparse.Namespace) -> list[record.Row]:
     ]
     for entry in rows:
         _check(entry, commands[entry["way"]])
-    ways: dict[str, Callable[[], object]] = {way: lambda c=c: _run(c) for way, c in commands.items()}  # type: ignore[misc]
+    ways: dict[str, Callable[[], object]] = {
+        way: lambda c=c: _run(c).check_returncode() for way, c in commands.items()
+    }  # type: ignore[misc]
     record.take_turns(rows, ways, 1 if args.quick else args.repeat, turn=0.0, warm=False)
     return rows
 

@@ -306,7 +306,7 @@ def main() -> int:
     )
     args = parser.parse_args()
     try:
-        pairs = list(_pairs(args.old, args.new))
+        pairs = list(_pairs(args.old, args.new, args.seconds))
         bad = False
         for name, old, new in pairs:
             lines = compare(old, new, args.seconds)
@@ -321,7 +321,7 @@ def main() -> int:
     return 1 if bad else 0
 
 
-def _pairs(old: Path, new: Path) -> Iterator[tuple[str, Result, Result]]:
+def _pairs(old: Path, new: Path, seconds: bool) -> Iterator[tuple[str, Result, Result]]:
     """Results that belong together; of folders, those of the same file name that hold ratios."""
     if old.is_dir() != new.is_dir():
         raise ValueError("compare two files or two folders")
@@ -330,9 +330,14 @@ def _pairs(old: Path, new: Path) -> Iterator[tuple[str, Result, Result]]:
         return
     names = sorted({p.name for p in old.glob("*.json")} & {p.name for p in new.glob("*.json")})
     found = [(name, _read(old / name), _read(new / name)) for name in names]
-    found = [(name, a, b) for name, a, b in found if question(a) is not None and (measures(a) or measures(b))]
+    found = [
+        (name, a, b) for name, a, b in found
+        if question(a) is not None and (measures(a, seconds) or measures(b, seconds))
+    ]  # fmt: skip
     if not found:
-        raise ValueError("the folders have no result of the same name that holds ratios")
+        raise ValueError(
+            f"the folders have no result of the same name that holds {'seconds' if seconds else 'ratios'}"
+        )
     for name, a, b in found:
         yield Path(name).stem, a, b
 

@@ -31,6 +31,8 @@ from evidence_sets import Sets, part_of  # noqa: E402
 from evidence_timesteps import products  # noqa: E402
 from evidence_updates import ByKernel, by_curvature, run  # noqa: E402
 
+from attr_engine.files import whole_file  # noqa: E402
+
 PARTS = ("sets", "methods", "curvature", "quarters", "retrain", "lds", "sweep", "timesteps", "projection", "relations", "removal",
          "groups", "planted", "self", "collapse", "abstention")  # fmt: skip
 GRADIENTS = (("squared_norm", "shared", "none"), ("squared_norm", "shared", "both"), ("squared_norm", "shared", "mixed"),
@@ -162,7 +164,8 @@ def make_quarters(sets: Sets, args: argparse.Namespace) -> None:
     items = [*items_of(sets.tracks, [], []), *(Item(q.tracks, q.index, "update") for q in asked)]
     if not sets.quarters.exists():
         found = products(sets.model, len(sets.tracks), items, judged.plan("shared"))
-        np.savez(sets.quarters, ids=np.array([q.id for q in asked]), products=found)
+        with whole_file(sets.quarters) as part, part.open("wb") as file:
+            np.savez(file, ids=np.array([q.id for q in asked]), of=np.array(sets.made_of), products=found)
 
 
 def make_retrain(sets: Sets, args: argparse.Namespace) -> None:

@@ -174,8 +174,8 @@ def timesteps(sets: Sets) -> dict[str, Any]:
     asked, found = _asked(sets, "choose"), {}
     with np.load(sets.quarters) as file:
         kept = file["products"]
-        if file["ids"].tolist() != [q.id for q in asked]:
-            raise SystemExit(f"{sets.quarters} is of other queries: remove it")
+        if file["ids"].tolist() != [q.id for q in asked] or file["of"].tolist() != sets.made_of:
+            raise SystemExit(f"{sets.quarters} is of another model, other tracks or queries: remove it")
     for name, weights in WEIGHTS.items():
         options = {x: _lds(sets, weighted_scores(kept, weights, x), asked) for x in LAMBDAS}
         best = max(options, key=lambda x: float(np.nanmean(options[x])))

@@ -73,6 +73,11 @@ class Sets:
         return self.out / "kernels" / f"{function}_{plan}_{masks}.npz"
 
     @property
+    def made_of(self) -> list[str]:
+        """What files that are kept depend on: the model and the training tracks."""
+        return [self.model.fingerprint, self.tracks.fingerprint]
+
+    @property
     def quarters(self) -> Path:
         """The file of products by quarters of the timesteps."""
         return self.out / "quarters.npz"

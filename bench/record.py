@@ -69,10 +69,15 @@ def command() -> str:
     words, hide = ["python", f"bench/{Path(sys.argv[0]).name}"], False
     for word in sys.argv[1:]:
         option, _, value = word.partition("=")
-        folder = option in FOLDERS
-        words.append("DIR" if hide or os.path.isabs(word) else f"{option}=DIR" if folder and value else word)
+        folder = option in FOLDERS or _elsewhere(value)
+        words.append("DIR" if hide or _elsewhere(word) else f"{option}=DIR" if folder and value else word)
         hide = folder and not value
     return " ".join(words)
+
+
+def _elsewhere(word: str) -> bool:
+    """Whether a word is a path that says where somebody keeps things."""
+    return os.path.isabs(word) or word.startswith(("..", "~"))
 
 
 def plain(reason: str) -> str:

@@ -96,7 +96,7 @@ def measured(
     sizes = {(row["query"], row["strength"]): row["size"] for row in found.meta.get("updates", ())}
     return [
         {
-            "unit": unit, "strength": x, "sizes": [sizes.get((q.id, x), x) for q in queries],
+            "unit": unit, "strength": x, "sizes": [x if unit == "size" else sizes[q.id, x] for q in queries],
             "lds": {
                 f: judge.lds(np.stack([found.values[f][found.row(q.id, x)] for q in queries]), kept, mean).tolist()
                 for f in FUNCTIONS

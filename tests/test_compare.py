@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import torch
 from helpers import ToyDenoiser, make_tracks
 
 from attr_engine import Settings
@@ -12,6 +13,7 @@ from attr_engine.compare import Answer, ask, folder_of, judged
 from attr_engine.errors import UserError
 from attr_engine.jobs import Query
 from attr_engine.methods import METHODS, method, option, parse
+from attr_engine.methods.base import model_key
 
 CALLS: list[str] = []
 
@@ -157,3 +159,48 @@ def test_the_command_compares_judges_and_draws(tmp_path, rng, capsys):
     )  # the target is left
     assert main([*call[:-2], "--out", str(tmp_path / "other"), "--update-draws", "3"]) == 2
     assert "no method could be asked" in capsys.readouterr().err
+
+
+def test_a_call_that_was_cut_off_after_the_scores_counts_as_whole(place, tmp_path):
+    """Scores and costs are one file: nothing can be there without the other."""
+    model, tracks, queries = place
+    first = ask("toy", model, tracks, queries, Settings(), tmp_path / "a")
+    for path in (tmp_path / "a" / "work").glob("*.json"):
+        path.unlink()
+    again = ask("toy", model, tracks, queries, Settings(), tmp_path / "a")
+    assert again.each == first.each and again.kept == first.kept
+    assert CALLS.count("score") == 1
+
+
+def test_scores_belong_to_the_dtype_and_to_the_files_that_a_method_read(place, tmp_path, rng):
+    model, tracks, _ = place
+    queries = [Query(tracks, i, "training track") for i in range(2)]
+    vectors, path = rng.normal(size=(len(tracks), 4)), tmp_path / "v.npy"
+    (tmp_path / "ids.json").write_text(json.dumps(list(tracks.ids)))
+    name, found = f"embedding:path={path}", []
+    for values in (vectors, vectors, vectors[::-1]):
+        np.save(path, values)
+        found.append(ask(name, model, tracks, queries, Settings(), tmp_path / "a").scores)
+    np.testing.assert_array_equal(found[0], found[1])
+    assert not np.allclose(found[0], found[2])
+    same = type(
+        "Same", (), {"__getattr__": lambda self, key: getattr(model, key), "fingerprint": model.fingerprint}
+    )()
+    before = model_key(same)
+    model.module.to(torch.bfloat16)
+    assert model_key(same) != before
+
+
+def test_groups_are_refused_where_only_single_pieces_can_be_scored(place, tmp_path):
+    model, tracks, _ = place
+    group = [Query(tracks, 0, "group", "some", (0, 1))]
+    for name in ("ridge", "trak", "rps", "loss_change"):
+        with pytest.raises(UserError, match="'some' is a group of tracks"):
+            ask(
+                name,
+                model,
+                tracks,
+                group,
+                Settings(layers=("*.cross_attn.*",), score_draws=4, update_draws=4),
+                tmp_path / name,
+            )

@@ -125,10 +125,15 @@ def test_steps_of_part_of_the_forget_set_take_every_track_once_a_round(loss):
     loss.losses = lambda indices, step, labels=None: (
         taken.append(list(indices)) or inner(indices, step, labels)
     )
-    ascent(loss, [0, 1, 2, 4, 5], ForgetSettings(steps=5, lr=1e-9, optimizer="sgd", batch=2, rows=9))
-    flat = [i for some in taken for i in some]
-    assert [len(some) for some in taken] == [2] * 5
-    assert sorted(flat) == sorted([0, 1, 2, 4, 5] * 2)
+    ascent(loss, [0, 1, 2, 4, 5], ForgetSettings(steps=6, lr=1e-9, optimizer="sgd", batch=2, rows=9))
+    assert [len(some) for some in taken] == [2, 2, 1] * 2
+    for rounds in (taken[:3], taken[3:]):
+        assert sorted(i for some in rounds for i in some) == [0, 1, 2, 4, 5]
+
+
+def test_forgetting_that_diverges_is_refused(loss):
+    with pytest.raises(UserError, match="diverged|cannot take steps"):
+        forget(loss, [1, 3], ForgetSettings(steps=1, lr=1e30, optimizer="adamw"))
 
 
 def test_forgetting_reports_the_losses_before_and_after_of_every_track(loss, seed):

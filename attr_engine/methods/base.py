@@ -20,6 +20,7 @@ from attr_engine.errors import UserError
 from attr_engine.jobs import Query
 from attr_engine.latents.batch import Tracks
 from attr_engine.models.protocol import Denoiser
+from attr_engine.runs import key_of
 from attr_engine.settings import Settings
 
 KINDS = ("black box", "representation", "gradient", "unlearning")
@@ -51,6 +52,11 @@ class Workspace:
     progress: Callable[[str, str], Callable[[int, int], None]] = no_progress
 
 
+def model_key(model: Denoiser) -> str:
+    """Of a model as it computes: its fingerprint, which is that of the checkpoint, and its dtype."""
+    return key_of(model.fingerprint, str(next(model.module.parameters()).dtype))
+
+
 class Method(Protocol):
     """A way to attribute; see :data:`METHODS`."""
 
@@ -64,7 +70,11 @@ class Method(Protocol):
 
 
 class Fitted(Protocol):
-    """A method that knows the training tracks."""
+    """A method that knows the training tracks.
+
+    What depends on more than model, tracks, settings and options, such as a checkpoint's file, has a ``fingerprint`` too, a hex digest
+    that changes with it: kept scores belong to it.
+    """
 
     def score(self, queries: Sequence[Query]) -> np.ndarray:
         """Scores float64 ``[Q, N]``, larger = more responsible; a query's row does not depend on the other queries."""

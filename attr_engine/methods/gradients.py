@@ -116,7 +116,7 @@ class FittedTracIn:
             )  # fmt: skip
             return {"scores": torch.from_numpy(found.mean(axis=2).T)}
 
-        identity = [*self.identity, s.update_draws, s.mask_update, [(q.tracks.fingerprint, q.index) for q in queries]]  # fmt: skip
+        identity = [*self.identity, s.update_draws, s.mask_update, [(q.tracks.fingerprint, q.indices) for q in queries]]  # fmt: skip
         scores = keep(self.work, "products", self.model, self.tracks, identity, make).all("scores").T.numpy()
         if self.kept is None:
             return scores

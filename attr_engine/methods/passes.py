@@ -58,8 +58,26 @@ def rows_a_pass(model: Denoiser, tracks: Tracks, s: Settings) -> int:
     return min(rows, s.rows or rows)
 
 
+def check_single(queries: Sequence[Query]) -> None:
+    """Refuse groups of tracks.
+
+    Raises:
+        UserError: names the first one.
+    """
+    groups = [q.id for q in queries if q.members]
+    if groups:
+        raise UserError(
+            f"{groups[0]!r} is a group of tracks, and this method scores single pieces: ask for its tracks one by one"
+        )
+
+
 def by_set(queries: Sequence[Query]) -> list[tuple[Tracks, list[int]]]:
-    """Every set that queries are of, as a set of those queries alone, and their places among ``queries``."""
+    """Every set that queries are of, as a set of those queries alone, and their places among ``queries``.
+
+    Raises:
+        UserError: a query is a group of tracks.
+    """
+    check_single(queries)
     places: dict[int, list[int]] = {}
     for place, query in enumerate(queries):
         places.setdefault(id(query.tracks), []).append(place)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from attr_engine.embed import vectors_of
+from attr_engine.embed import IDS, vectors_of
 from attr_engine.errors import UserError, one_line
 from attr_engine.jobs import Query
 from attr_engine.latents.batch import Tracks
@@ -173,6 +173,11 @@ class FittedVectors:
 
     path: Path
     vectors: np.ndarray
+
+    @property
+    def fingerprint(self) -> str:
+        """Of both files."""
+        return key_of(file_hash(self.path), file_hash(self.path.with_name(IDS)))
 
     def score(self, queries: Sequence[Query]) -> np.ndarray:
         """Cosines float64 ``[Q, N]``; of a group of tracks, the largest of any of them."""

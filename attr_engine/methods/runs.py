@@ -12,6 +12,7 @@ import numpy as np
 from attr_engine.jobs import Job, Query, make_job
 from attr_engine.latents.batch import Chosen, Tracks
 from attr_engine.methods.base import Workspace, method, option
+from attr_engine.methods.passes import check_single
 from attr_engine.models.protocol import Denoiser
 from attr_engine.pipeline import check_all, drop_updates, fisher_stage, run_job
 from attr_engine.ridge import index_stage
@@ -57,6 +58,7 @@ class FittedScore:
 
     def score(self, queries: Sequence[Query]) -> np.ndarray:
         """Run it for queries, one set each: queries of several sets may stand in any order."""
+        check_single(queries)
         sets = [Chosen(q.tracks, [q.index]) for q in queries]
         with _opened(self.model, self.tracks, self.work, self.settings, sets) as job:
             result = run_job(job)

@@ -64,6 +64,11 @@ class FittedSimilarity:
     cut: Cut
     windows: TrackWindows
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the embedder, the audio and the windows."""
+        return self.windows.key
+
     def vectors(self, query: Query) -> np.ndarray:
         """Unit embeddings float32 ``[n, E]`` of the windows of a query; of a group, of all its tracks."""
         recordings = Recordings(self.embedder.rate, what="query")

@@ -19,7 +19,7 @@ from attr_engine.effects import measure_effects
 from attr_engine.errors import UserError
 from attr_engine.jobs import Query
 from attr_engine.latents.batch import Batch, Tracks, check_tracks
-from attr_engine.methods.base import Workspace
+from attr_engine.methods.base import Workspace, model_key
 from attr_engine.models.protocol import Denoiser, select_parameters
 from attr_engine.models.stable_audio import create_model
 from attr_engine.runs import key_of
@@ -31,6 +31,7 @@ from attr_engine.updates import Unlearned, Update, applied, free_bytes, swapped
 NULLS = ("auto", "untrained", "zero")
 ROWS = 16  # a pass, where the settings leave it open
 _NULL_DRAWS = 32  # a track
+_BLOCK = 16  # queries that are unlearned before the tracks are scored under all of them
 _BETAS = (0.9, 0.98)  # those of attr_engine.train, which continues here
 
 
@@ -215,14 +216,15 @@ class FittedUnlearner:
             check_tracks(query.tracks, self.model.channels, self.model.frames, "query")
         keys = [key_of(self.key, q.tracks.fingerprint, *q.indices) for q in queries]
         missing = {k: q for k, q in zip(keys, queries, strict=True) if not self._path(k, "scores").exists()}
-        show = self.work.progress("unlearning", "query")
-        for done, (key, query) in enumerate(missing.items()):
-            show(done, len(missing))
-            if not self._path(key, "update").exists():
-                self._unlearn(key, query)
-        show(len(missing), len(missing))
-        if missing:
-            self._measure(missing)
+        # A block's updates lie on disk together, and a killed call loses the scores of one block at most.
+        for block in (list(missing)[i : i + _BLOCK] for i in range(0, len(missing), _BLOCK)):
+            show = self.work.progress("unlearning", "query")
+            for done, key in enumerate(block):
+                show(done, len(block))
+                if not self._path(key, "update").exists():
+                    self._unlearn(key, missing[key])
+            show(len(block), len(block))
+            self._measure({key: missing[key] for key in block})
         return np.stack([load_tensors(self._path(k, "scores"), k)[0]["scores"].numpy() for k in keys])
 
     def _path(self, key: str, kind: str) -> Path:
@@ -292,7 +294,7 @@ def fitted(
         raise UserError(f"scores are by {function!r}: use one of {', '.join(UNLEARNING)}")
     settings = (s.layers, s.seed, s.mask_update, s.mask_score, s.update_draws, str(work_dtype(model)))
     key = key_of(
-        type(method).__name__, vars(method), model.fingerprint, tracks.fingerprint, settings, vars(plan), draws, function
+        type(method).__name__, vars(method), model_key(model), tracks.fingerprint, settings, vars(plan), draws, function
     )  # fmt: skip
     work.folder.mkdir(parents=True, exist_ok=True)
     return FittedUnlearner(model, tracks, work, lambda q: unlearn(q, parameters), function, plan, draws, key)

@@ -211,14 +211,13 @@ def _join(here: Path, key: str, parts: Sequence[Path], standardised: bool) -> No
     width = widths.pop()
     centre, scale = _spread(parts, key, sum(counts)) if standardised else (np.zeros(width), np.ones(width))
     with whole_file(here / _VECTORS) as new:
-        out = np.lib.format.open_memmap(new, mode="w+", dtype=np.float32, shape=(sum(counts), width))
-        at = 0
-        for path in parts:
-            vectors = load_tensors(path, key)[0]["vectors"].numpy()
-            out[at : at + len(vectors)] = unit(vectors, centre, scale)
-            at += len(vectors)
-        out.flush()
-        del out
+        # Written, not mapped: where a disk is full, a write is refused, and a map ends the process.
+        with open(new, "wb") as out:
+            header = {"descr": "<f4", "fortran_order": False, "shape": (sum(counts), width)}
+            np.lib.format.write_array_header_1_0(out, header)
+            for path in parts:
+                vectors = load_tensors(path, key)[0]["vectors"].numpy()
+                out.write(unit(vectors, centre, scale).tobytes())
     meta = {"key": key, "width": width, "counts": counts, "centre": centre.tolist(), "scale": scale.tolist()}
     write_json(here / _META, meta)
 

@@ -334,6 +334,7 @@ def check_free(out: Path) -> Path:
     Raises:
         UserError: see there.
     """
+    out = out.resolve()  # "." has no name of its own
     part = out.with_name(out.name + ".part")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists and is not empty: choose another --out")

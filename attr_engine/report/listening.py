@@ -195,10 +195,10 @@ def write_test(
                 "excerpt": design.excerpt, "function": function, "strength": strength, "queries": len(ids),
                 "without_sound": unheard, **{k: result.meta.get(k) for k in ("model", "data", "config")}}  # fmt: skip
     key = Key(tuple(trials), int(design.seed or 0), settings, draws.same)
-    key.write(folder / KEY)
     sounds = [cutter.made[pair] for pair in asked]
     with whole_file(folder / PAGE) as part, part.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(page_parts(key, sounds, title or "Listening test"))
+    key.write(folder / KEY)  # last: a folder with a key is a finished test
     return key
 
 
