@@ -21,7 +21,7 @@ from attr_engine.models.checkpoint import read_json
 from attr_engine.models.protocol import Denoiser
 from attr_engine.pipeline import SCORES_PARQUET
 from attr_engine.report.data import Table
-from attr_engine.result import Attribution
+from attr_engine.result import Attribution, order_of
 from attr_engine.retrain import query_losses
 from attr_engine.runs import key_of
 from attr_engine.score import RIDGE
@@ -154,16 +154,35 @@ def judged(
     """The case with the controls, and every table about it, the one of all methods first."""
     case = with_controls(Case(tracks, queries, {a.name: a.scores for a in answers}), base, frames)
     found = tables(case, truth)
-    return case, [method_table(case, answers, found), *found]
+    return case, [method_table(case, answers, found, truth), *found]
 
 
-def method_table(case: Case, answers: Sequence[Answer], found: Sequence[Table]) -> Table:
+def removed_by(case: Case, truth: Truth | None) -> set[str]:
+    """Methods whose own top tracks are those that models were trained without, for every query that was asked in their name."""
+    good: dict[str, bool] = {}
+    place = {q.id: i for i, q in enumerate(case.queries)}
+    for what, kept in zip(truth.what, truth.kept, strict=True) if truth else ():
+        name, _, query = what.removeprefix("top of ").partition(" for ")
+        if what.startswith("top of ") and name in case.methods and query in place:
+            out = set(np.flatnonzero(~kept).tolist())
+            own = set(order_of(case.methods[name][place[query]])[: len(out)].tolist())
+            good[name] = good.get(name, True) and own == out
+    return {name for name, right in good.items() if right}
+
+
+def method_table(
+    case: Case, answers: Sequence[Answer], found: Sequence[Table], truth: Truth | None = None
+) -> Table:
     """A row a method: how it was judged and what it cost; controls below."""
     costs = {a.name: a for a in answers}
     own = _pick(found, "Rank of a training track", "mean rank", {"targets": "all"})
     columns: dict[str, Mapping[str, float]] = {
         "LDS": _pick(found, "Linear datamodelling", "LDS"),
-        "removal, % more loss": _pick(found, "Removal", "loss, % more"),
+        "removal, % more loss": {
+            name: value
+            for name, value in _pick(found, "Removal", "loss, % more").items()
+            if name in removed_by(case, truth)
+        },
         "rank of itself": own,
         "planted mAP": _pick(found, "Planted", "mAP"),
         "one track in top 10": _pick(found, "Collapse", "one track in top 10"),

@@ -1,6 +1,6 @@
 """Put what bench/results says into the documentation: tables between their comments, and plots.
 
-    python bench/document.py                    docs/performance.md, docs/evidence.md, and docs/plots where matplotlib is installed
+    python bench/document.py                    all pages with such tables, and docs/plots where matplotlib is installed
     python bench/document.py --check            says what is not as the results are, and changes nothing; exit code 1 then
     python bench/document.py docs/evidence.md   only that file
 
@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 import blocks  # noqa: E402 - needs the path
 import plots  # noqa: E402
 
-PAGES = ("performance.md", "evidence.md")
+PAGES = ("performance.md", "evidence.md", "methods.md", "methods/strength.md")
 
 
 def main() -> int:
@@ -28,7 +28,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("pages", nargs="*", type=Path, help="Markdown files (docs/performance.md and docs/evidence.md)")  # fmt: skip
+    parser.add_argument("pages", nargs="*", type=Path, help="Markdown files (all that have such tables)")  # fmt: skip
     parser.add_argument("--check", action="store_true", help="compare only")
     args = parser.parse_args()
     old = []
