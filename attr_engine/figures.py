@@ -252,8 +252,10 @@ def _figure1(methods: Methods, queries: int, tracks: int) -> Figure:
     for section, how in zip(figure.subfigures(len(SCALINGS), 1), SCALINGS, strict=True):
         curves = sorted_curves(methods, how)
         grid = section.subplots(high, wide, sharex=True, sharey=True, squeeze=False)
-        for panel in grid.flat[len(names) :]:
-            panel.set_visible(False)
+        for place in range(len(names), grid.size):
+            grid.flat[place].set_visible(False)
+            if place >= wide:  # the panel above is the last of its column
+                grid.flat[place - wide].tick_params(labelbottom=True)
         for panel, name in zip(grid.flat, names, strict=False):
             mean, spread = (values[places - 1] for values in curves[name])
             panel.fill_between(places, mean - spread, mean + spread, color="C0", alpha=0.25, linewidth=0)
@@ -270,7 +272,8 @@ def _figure1(methods: Methods, queries: int, tracks: int) -> Figure:
 
 def _figure2(names: Sequence[str], matrices: Mapping[str, np.ndarray], queries: int, tracks: int) -> Figure:
     side = 2.2 + 0.42 * len(names)
-    figure = _figure(2 * side + 0.8, side)
+    longest = 0.08 * max(map(len, names))  # inches of a label, which stands upright below and beside
+    figure = _figure(2 * side + longest + 0.8, side + longest)
     for i, (how, matrix) in enumerate(matrices.items()):
         axes = figure.add_subplot(1, len(matrices), i + 1)
         image = axes.imshow(matrix, vmin=-1, vmax=1, cmap="RdBu_r")
