@@ -63,6 +63,7 @@ QUESTIONS: dict[str, tuple[str, tuple[Part, ...]]] = {
     "index": ("which settings of an index are right, and how fast a query is", (
         Part("index.py", "index.json", "--only speed --quick --repeat 2", "--only speed --peers"),
         Part("index.py", "index.json", None, "--only quality", "needs", threads=False),
+        Part("windows.py", "windows.json", "--quick --kinds --repeat 2", "--kinds ivf"),
     )),
     "cold": ("how long it is until something happens: imports, --help, the first result", (
         Part("cold.py", "cold.json", "--quick", "", "takes"),
