@@ -202,8 +202,8 @@ def planted_table(case: Case) -> Table | None:
             found = []
             for i in chosen:
                 info = case.queries[i].tracks.info[case.queries[i].index]
-                parents = parents_of(info)
-                near = _ids(info, "near") or parents
+                parents = _windows(case, parents_of(info))
+                near = _windows(case, _ids(info, "near")) or parents
                 halves = _halves(case, parents) - near
                 found.append(judge.precision_without(scores[i], case.tracks.ids, near, parents | halves))
             rows.append([name, relation, len(chosen), *_numbers(judge.bootstrap(np.array(found)))])
@@ -212,6 +212,12 @@ def planted_table(case: Case) -> Table | None:
         "and splices that hold a part of it are left out of the ranking."
     )
     return Table("Planted relations", ["method", "query is", "queries", "mAP", "low", "high"], rows, note)
+
+
+def _windows(case: Case, names: frozenset[str]) -> frozenset[str]:
+    """Training tracks of these names, and the windows of recordings of these names."""
+    rows = zip(case.tracks.ids, case.tracks.info, strict=True)
+    return frozenset(name for name, info in rows if name in names or str(info.get("parent") or "") in names)
 
 
 def _halves(case: Case, parents: frozenset[str]) -> frozenset[str]:

@@ -129,3 +129,13 @@ def test_all_tables_and_controls_are_made(case, rng):
     without = with_controls(case, np.full(12, np.nan), 6)
     assert "training loss (control)" not in without.methods
     assert [t.title.split()[0] for t in tables(whole)] == ["Planted", "Collapse"]
+
+
+def test_windows_of_a_recording_are_relatives_where_the_recording_is(rng):
+    info = [{"parent": "song" if i < 2 else ""} for i in range(6)]
+    tracks = make_set(rng, ["song#000", "song#001", "a", "b", "c", "d"], info)
+    queries = make_set(rng, ["q"], [{"parents": "song", "relation": "slower"}])
+    scores = np.array([[5.0, 4.0, 3.0, 2.0, 1.0, 0.0]])
+    case = Case(tracks, [Query(queries, 0, "query")], {"right": scores, "wrong": -scores})
+    rows = {row[0]: row for row in planted_table(case).rows}
+    assert rows["right"][3] == 1.0 and rows["wrong"][3] < 0.4

@@ -183,6 +183,7 @@ PRESENTATION = {
     "resident": 0.0,
     "controls": "p",
     "false_accepts": 0.1,
+    "profile": 2,
 }
 
 
