@@ -38,8 +38,9 @@ def main() -> int:
         from evidence_sets import Sets
 
         sets = Sets(args.demo, args.evidence)
-        short = [i for i in sets.targets if float(sets.tracks.info[i]["seconds"]) < 10][:3]
-        long = [i for i in sets.targets if i not in short][: TARGETS - 3]
+        seconds = {i: float(sets.tracks.info[i]["seconds"]) for i in sets.targets}
+        short = [i for i in sets.targets if seconds[i] < 10][:3]
+        long = [i for i in sets.targets if seconds[i] >= 10][: TARGETS - 3]
         more = ["--model", args.demo / "model", "--data", args.demo / "latents", "--queries", args.evidence / "queries" / "known",
                 "--where", "part=judge", "--retrained", args.evidence / "retrained",
                 "--self-influence", *(sets.tracks.ids[i] for i in [*short, *long])]  # fmt: skip
