@@ -54,11 +54,10 @@ def test_a_changed_figure_is_found_put_right_and_the_text_around_it_stays(tmp_pa
 
 def test_a_changed_result_makes_its_table_and_its_plot_stale(tmp_path):
     copy = tmp_path / "project"
-    for name in ("bench/results", "docs/plots", "attr_engine"):
+    for name in ("bench/results", "docs", "attr_engine"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     (copy / "tests").mkdir()
-    pages = [ROOT / "docs" / "performance.md", ROOT / "docs" / "evidence.md"]
-    for path in [*BENCH.glob("*.py"), *(ROOT / "tests").glob("*.py"), *pages]:
+    for path in [*BENCH.glob("*.py"), *(ROOT / "tests").glob("*.py")]:
         shutil.copy(path, copy / path.relative_to(ROOT))
     path = copy / "bench" / "results" / "index.json"
     result = json.loads(path.read_text())
