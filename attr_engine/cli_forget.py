@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attr_engine.errors import UserError, one_line, printable
+from attr_engine.errors import UserError, printable
 from attr_engine.forget_settings import DEFAULTS, Removal
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ def forget(args: argparse.Namespace) -> None:
 
 
 def _chosen(args: argparse.Namespace, tracks: LatentDataset) -> list[int]:
+    from attr_engine.files import read_ids
     from attr_engine.forget import by_ids, by_value
 
     if args.where:
@@ -93,8 +94,4 @@ def _chosen(args: argparse.Namespace, tracks: LatentDataset) -> list[int]:
         if not column or not equals:
             raise UserError(f"--where is {args.where!r}: write COLUMN=VALUE, such as artist=NAME")
         return by_value(tracks, column, value)
-    try:
-        lines = Path(args.forget).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{args.forget} cannot be read ({one_line(error)}): write one id a line") from error
-    return by_ids(tracks, [line.strip() for line in lines if line.strip()])
+    return by_ids(tracks, read_ids(Path(args.forget)))

@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attr_engine.errors import UserError, one_line, printable
+from attr_engine.errors import UserError, printable
 
 if TYPE_CHECKING:
     from attr_engine.latents import LatentDataset
@@ -84,12 +84,10 @@ def musicgen_forget(args: argparse.Namespace) -> None:
 
 
 def _listed(tracks: LatentDataset, path: Path) -> list[int]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({one_line(error)}): write one id a line") from error
+    from attr_engine.files import read_ids
+
     places = {name: i for i, name in enumerate(tracks.ids)}
-    names = [line.strip() for line in lines if line.strip()]
+    names = read_ids(path)
     for name in names:
         if name not in places:
             raise UserError(f"{tracks.path} has no track {name!r}, which {path} names: correct it")

@@ -175,15 +175,11 @@ def method_table(
 ) -> Table:
     """A row a method: how it was judged and what it cost; controls below."""
     costs = {a.name: a for a in answers}
-    own = _pick(found, "Rank of a training track", "mean rank", {"targets": "all"})
+    removal, removed = _pick(found, "Removal", "loss, % more"), removed_by(case, truth)
     columns: dict[str, Mapping[str, float]] = {
         "LDS": _pick(found, "Linear datamodelling", "LDS"),
-        "removal, % more loss": {
-            name: value
-            for name, value in _pick(found, "Removal", "loss, % more").items()
-            if name in removed_by(case, truth)
-        },
-        "rank of itself": own,
+        "removal, % more loss": {name: value for name, value in removal.items() if name in removed},
+        "rank of itself": _pick(found, "Rank of a training track", "mean rank", {"targets": "all"}),
         "planted mAP": _pick(found, "Planted", "mAP"),
         "one track in top 10": _pick(found, "Collapse", "one track in top 10"),
         "alike for all queries": _pick(found, "Collapse", "correlation"),

@@ -190,22 +190,20 @@ def planted_table(case: Case) -> Table | None:
     other), else its ``parents``. Other relatives are taken out of the ranking, because whether they count is not known.
     """
     by_relation: dict[str, list[int]] = {}
+    relatives: dict[int, tuple[frozenset[str], frozenset[str]]] = {}  # relevant, and left out of the ranking
     for i, query in enumerate(case.queries):
         info = query.tracks.info[query.index]
         if parents_of(info):
             by_relation.setdefault(str(info.get("relation") or "related"), []).append(i)
+            parents = _windows(case, parents_of(info))
+            near = _windows(case, _ids(info, "near")) or parents
+            relatives[i] = near, parents | (_halves(case, parents) - near)
     if not by_relation:
         return None
     rows: list[list[Cell]] = []
     for name, scores in case.methods.items():
         for relation, chosen in by_relation.items():
-            found = []
-            for i in chosen:
-                info = case.queries[i].tracks.info[case.queries[i].index]
-                parents = _windows(case, parents_of(info))
-                near = _windows(case, _ids(info, "near")) or parents
-                halves = _halves(case, parents) - near
-                found.append(judge.precision_without(scores[i], case.tracks.ids, near, parents | halves))
+            found = [judge.precision_without(scores[i], case.tracks.ids, *relatives[i]) for i in chosen]
             rows.append([name, relation, len(chosen), *_numbers(judge.bootstrap(np.array(found)))])
     note = (
         "Mean average precision. Relevant: near copies of the query's original (itself, exact copies, gain, noise, lossy); other relatives "

@@ -5,43 +5,15 @@ All of them look at embeddings or posteriors that somebody else made; see :mod:`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from attr_engine.embed import Embedding, k_means
 from attr_engine.errors import UserError
-from attr_engine.frechet import Sampling, frechet_distance
-from attr_engine.generate import BATCH, piece_length
-from attr_engine.models.protocol import Denoiser
+from attr_engine.frechet import frechet_distance
 
 _FLOOR = 1e-6  # of a probability, so that a logarithm is finite
-
-
-def pieces(
-    model: Denoiser, prompts: Sequence[Mapping[str, Any]], seed: int, steps: int, guidance: float
-) -> list[np.ndarray]:
-    """Latents ``[C, n]`` from the model's sampler, valid frames only; the same seed gives every model the same noise.
-
-    Args:
-        model: as it is when this is called; its weights may be others than theta_0.
-        prompts: conditioning, one a piece.
-        seed: of the sampler.
-        steps: of the sampler.
-        guidance: classifier-free guidance.
-
-    Raises:
-        UserError: the model has no sampler.
-    """
-    if not hasattr(model, "sample"):
-        raise UserError("the model has no sampler: ask for no pieces (--pieces 0)")
-    out: list[np.ndarray] = []
-    for first in range(0, len(prompts), BATCH):
-        some = prompts[first : first + BATCH]
-        made = cast(Sampling, model).sample(some, seed + first, steps, guidance).cpu().numpy()
-        out += [x[:, : piece_length(model, p)[1]] for x, p in zip(made, some, strict=True)]
-    return out
 
 
 def nearest(made: np.ndarray, tracks: np.ndarray) -> np.ndarray:

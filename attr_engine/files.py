@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from attr_engine.errors import UserError
+from attr_engine.errors import UserError, one_line
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # The mask can only be read by setting it, which is the process's, so it is done once.
@@ -109,3 +109,16 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON, whole or not at all."""
     write_text(path, json.dumps(value, indent=2, default=str) + "\n")
+
+
+def read_ids(path: Path) -> list[str]:
+    """Ids of a text file, one a line; empty lines are left out.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({one_line(error)}): write one id a line") from error
+    return [line.strip() for line in lines if line.strip()]

@@ -19,12 +19,12 @@ import numpy as np
 from attr_engine.diffusion import DrawPlan
 from attr_engine.embed import Embedding, embedding
 from attr_engine.errors import UserError
-from attr_engine.fidelity import embedded, nearest, pieces
+from attr_engine.fidelity import embedded, nearest
 from attr_engine.files import remove_leftovers, whole_file, write_json, writing_in
 from attr_engine.fisher import Fisher, fit_fisher
 from attr_engine.forget_report import write_report
 from attr_engine.forget_settings import DEFAULTS, Removal
-from attr_engine.frechet import frechet_distance
+from attr_engine.frechet import frechet_distance, pieces
 from attr_engine.judge import bootstrap
 from attr_engine.latents.batch import Chosen, Tracks, check_tracks
 from attr_engine.methods.ascent import ascend, relabelled

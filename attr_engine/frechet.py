@@ -70,6 +70,31 @@ class Sampling(Protocol):
         ...
 
 
+def pieces(
+    model: Denoiser, prompts: Sequence[Mapping[str, Any]], seed: int, steps: int, guidance: float
+) -> list[np.ndarray]:
+    """Latents ``[C, n]`` from the model's sampler, valid frames only; the same seed gives every model the same noise.
+
+    Args:
+        model: as it is when this is called; its weights may be others than theta_0.
+        prompts: conditioning, one a piece.
+        seed: of the sampler.
+        steps: of the sampler.
+        guidance: classifier-free guidance.
+
+    Raises:
+        UserError: the model has no sampler.
+    """
+    if not hasattr(model, "sample"):
+        raise UserError("the model has no sampler: ask for no pieces (--pieces 0)")
+    out: list[np.ndarray] = []
+    for first in range(0, len(prompts), BATCH):
+        some = prompts[first : first + BATCH]
+        made = cast(Sampling, model).sample(some, seed + first, steps, guidance).cpu().numpy()
+        out += [x[:, : piece_length(model, p)[1]] for x, p in zip(made, some, strict=True)]
+    return out
+
+
 class Pieces:
     """The same pieces from a model as it is and from unlearned ones: one conditioning and one noise a piece.
 
@@ -112,13 +137,8 @@ class Pieces:
 
     def distance(self) -> float:
         """Frechet distance of the model's pieces from the training tracks; NaN where a piece is not finite."""
-        sampler = cast(Sampling, self._model)
-        latents = []
-        for first in range(0, len(self._prompts), BATCH):
-            some = self._prompts[first : first + BATCH]
-            made = sampler.sample(some, self._seed + first, self._steps, self._guidance).cpu().numpy()
-            latents += [x[:, : piece_length(self._model, p)[1]] for x, p in zip(made, some, strict=True)]
-        return frechet_distance(self._embed(latents), self._tracks)
+        made = pieces(self._model, self._prompts, self._seed, self._steps, self._guidance)
+        return frechet_distance(self._embed(made), self._tracks)
 
 
 def update_names(job: Job, targets: Sequence[str]) -> dict[tuple[str, float], str]:

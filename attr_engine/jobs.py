@@ -16,7 +16,7 @@ from attr_engine.files import write_json
 from attr_engine.latents.batch import Tracks, check_tracks
 from attr_engine.memory import fit_rows
 from attr_engine.models.checkpoint import read_json
-from attr_engine.models.protocol import Denoiser, select_parameters
+from attr_engine.models.protocol import Denoiser, check_inference, select_parameters
 from attr_engine.persample import SQUARES
 from attr_engine.runs import LOCKS, Run, key_of
 from attr_engine.score import FIRST_ORDER, RIDGE, score_function
@@ -258,10 +258,7 @@ def check(job: Job) -> None:
     for queries in {id(q.tracks): q.tracks for q in (*job.queries, Query(job.scored, 0, ""))}.values():
         check_tracks(queries, job.model.channels, job.model.frames, "query")
     select_parameters(job.model, s.layers)
-    if job.model.module.training:
-        raise UserError(
-            "the model is in training mode, where dropout would differ from pass to pass: call .eval()"
-        )
+    check_inference(job.model)
     for name in job.measured:
         score_function(name)
     _check_ridge(s)

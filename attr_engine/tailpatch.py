@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from attr_engine.diffusion import DrawPlan
@@ -23,15 +22,11 @@ from attr_engine.report.data import Table
 from attr_engine.result import order_of
 from attr_engine.retrain import JUDGE_SEED, query_losses
 from attr_engine.unlearn import query_gradient
-from attr_engine.updates import applied
+from attr_engine.updates import applied, norm
 
 SIZE = 1e-3  # of a step, relative to the norm of the weights
 DRAWS = 32  # of a step's gradient, and of a query's loss
 RANDOM = "random tracks"
-
-
-def _length(tensors: Mapping[str, Tensor]) -> float:
-    return float(torch.stack([t.detach().double().norm().cpu() for t in tensors.values()]).norm())
 
 
 def descent_step(
@@ -62,12 +57,12 @@ def descent_step(
     """
     batch, plan = tracks.batch([index], model.frames), DrawPlan(JUDGE_SEED, "shared", 1)
     gradient = query_gradient(model, parameters, batch, range(draws), plan, False, rows)
-    length = _length(gradient)
+    length = norm(gradient)
     if not 0.0 < length < float("inf"):
         raise UserError(
             f"the gradient of track {tracks.ids[index]!r} has norm {length}: check its latent for NaN"
         )
-    scale = -size * _length(parameters) / length
+    scale = -size * norm(parameters) / length
     return {name: g * scale for name, g in gradient.items()}
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from attr_engine.errors import UserError
 from attr_engine.fisher import Fisher
 from attr_engine.unlearn import Curvature
+from attr_engine.updates import norm
 
 Progress = Callable[[int, int], None]
 OPTIMIZERS: dict[str, Any] = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
@@ -238,9 +239,8 @@ def _descend(
 def _places(count: int, step: int, settings: ForgetSettings) -> list[int]:
     """Places of the forget set that a step takes: all of it, or the next part of an order that is new in every round."""
     size = min(settings.batch or count, count)
-    round_, part = divmod(
-        step, -(-count // size)
-    )  # the last part of a round may be smaller: no track stands twice in a step
+    # The last part of a round may be smaller: no track stands twice in a step.
+    round_, part = divmod(step, -(-count // size))
     order = np.random.default_rng([settings.seed, round_]).permutation(count)
     return sorted(order[part * size : (part + 1) * size].tolist())
 
@@ -273,11 +273,6 @@ def mean_gradient(
             if g is not None:
                 total[name] += g
     return total
-
-
-def norm(tensors: Mapping[str, Tensor]) -> float:
-    """Euclidean norm of all elements together."""
-    return float(torch.stack([t.detach().double().norm().cpu() for t in tensors.values()]).norm())
 
 
 def fit_track_fisher(loss: TrackLoss, steps: int = 1, progress: Progress = _silent) -> Fisher:

@@ -121,6 +121,11 @@ def applied(model: Denoiser, delta: Mapping[str, Tensor]) -> Iterator[None]:
         yield
 
 
+def norm(tensors: Mapping[str, Tensor]) -> float:
+    """Euclidean norm of all elements together."""
+    return float(torch.stack([t.detach().double().norm().cpu() for t in tensors.values()]).norm())
+
+
 def free_bytes(device: torch.device) -> int:
     """Memory that is free on a device, in bytes; on a CPU what the system could give."""
     if device.type == "cuda":

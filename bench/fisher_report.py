@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+import record
 import stream_report
 
 Row = dict[str, Any]
@@ -142,14 +143,7 @@ def markdown(result: Result) -> str:
         for case in ones:
             engine, loop = (case["batch_one"].get(way) for way in ("engine", "loop"))
             lines.append(f"| {case['tokens']} | {_number(engine)} | {_number(loop)} |")
-    lines += ["", "| criterion | needed | measured | |", "|---|---|---|---|"]
-    verdicts = {True: "pass", False: "**fail**", None: "not measured"}
-    for item in result["criteria"]:
-        shown = "" if item["measured"] is None else f"{item['measured']:.3f}"
-        lines.append(
-            f"| {item['criterion']} | ≤ {item['at_most']:g} | {shown} | {verdicts[item['passed']]} |"
-        )
-    return "\n".join(lines)
+    return "\n".join([*lines, *record.criteria(result["criteria"])])
 
 
 def _line(case: Result, row: Row) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import record
+
 Row = dict[str, Any]
 # Tracks, width, seconds that a query may take after its own gradient, on two cores.
 NEEDED = ((115_000, 1024, 0.1), (5_000_000, 256, 1.0))
@@ -85,14 +87,7 @@ def speed(result: Row) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [_line(row) for row in found["rows"]]
-    lines += ["", "| criterion | needed | measured | |", "|---|---|---|---|"]
-    verdicts = {True: "pass", False: "**fail**", None: "not measured"}
-    for item in result["criteria"]:
-        shown = "" if item["measured"] is None else f"{item['measured']:.3f}"
-        lines.append(
-            f"| {item['criterion']} | ≤ {item['at_most']:g} | {shown} | {verdicts[item['passed']]} |"
-        )
-    return "\n".join(lines)
+    return "\n".join([*lines, *record.criteria(result["criteria"])])
 
 
 def _line(row: Row) -> str:

@@ -227,6 +227,18 @@ def markdown(found: dict[str, Any]) -> str:
     )
 
 
+def criteria(items: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines of a table of what was asked for: ``criterion``, ``at_most``, ``measured`` and ``passed``, None where not measured."""
+    verdicts = {True: "pass", False: "**fail**", None: "not measured"}
+    lines = ["", "| criterion | needed | measured | |", "|---|---|---|---|"]
+    for item in items:
+        shown = "" if item["measured"] is None else f"{item['measured']:.3f}"
+        lines.append(
+            f"| {item['criterion']} | ≤ {item['at_most']:g} | {shown} | {verdicts[item['passed']]} |"
+        )
+    return lines
+
+
 def _line(entry: Row, bases: Sequence[str], more: Sequence[str], measure: str, scale: float) -> str:
     error = "" if entry["error"] is None else f"{entry['error']:.1e}"
     head = f"| {entry['case']} | {entry['way']} |"

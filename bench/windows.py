@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import record
 import stream_report
 import torch
 
@@ -180,14 +181,7 @@ def markdown(result: Row) -> str:
         lines.append(
             f"{where}| {depth} | {r['recall']:.3f} | {1000 * r['median']:.3g} | {r['of_exact']:.3f} | {r.get('built', '')} |"
         )
-    lines += ["", "| criterion | needed | measured | |", "|---|---|---|---|"]
-    verdicts = {True: "pass", False: "**fail**", None: "not measured"}
-    for item in result["criteria"]:
-        shown = "" if item["measured"] is None else f"{item['measured']:.3f}"
-        lines.append(
-            f"| {item['criterion']} | ≤ {item['at_most']:g} | {shown} | {verdicts[item['passed']]} |"
-        )
-    return "\n".join(lines)
+    return "\n".join([*lines, *record.criteria(result["criteria"])])
 
 
 def say(text: str) -> None:

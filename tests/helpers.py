@@ -3,7 +3,8 @@
 import copy
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -258,3 +259,16 @@ def make_tracks(rng: np.random.Generator, n: int, channels: int, frames: int, pr
         conditioning,
         rng.normal(size=channels).astype(np.float32),
     )
+
+
+def write_world(root: Path, count: int, info: Callable[[str], dict[str, Any]]) -> Path:
+    """A tiny model in ``model`` and tracks in ``latents``, as commands read them; ``info`` gives a track's metadata by id."""
+    from attr_engine.latents import LatentWriter
+    from attr_engine.models.stable_audio import save_model
+
+    save_model(tiny_stable_audio(3).wrapper, stable_audio_config(), root / "model")
+    tracks = make_tracks(np.random.default_rng(3), count, 3, 16)
+    with LatentWriter(root / "latents", padding=tracks.silence) as writer:
+        for name, latent, conditioning in zip(tracks.ids, tracks.raw, tracks.conditioning, strict=True):
+            writer.add(name, latent, conditioning, info(name))
+    return root

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import helpers
-import numpy as np
 import pytest
 import torch
 
@@ -12,8 +11,8 @@ pytest.importorskip("stable_audio_tools")
 
 from attr_engine import DrawPlan, fit_fisher, unlearn_query  # noqa: E402
 from attr_engine.cli import main  # noqa: E402
-from attr_engine.latents import LatentDataset, LatentWriter  # noqa: E402
-from attr_engine.models.stable_audio import load_model, save_model  # noqa: E402
+from attr_engine.latents import LatentDataset  # noqa: E402
+from attr_engine.models.stable_audio import load_model  # noqa: E402
 from attr_engine.retrain import query_losses  # noqa: E402
 
 QUICK = ["--fisher-draws", 4, "--update-draws", 4, "--draws", 4, "--pieces", 2, "--sampler-steps", 2]
@@ -26,14 +25,7 @@ def run(*arguments: object) -> int:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("world")
-    model = helpers.tiny_stable_audio(3)
-    save_model(model.wrapper, helpers.stable_audio_config(), root / "model")
-    tracks = helpers.make_tracks(np.random.default_rng(3), 6, 3, 16)
-    writer = LatentWriter(root / "latents", padding=tracks.silence)
-    for name, latent, conditioning in zip(tracks.ids, tracks.raw, tracks.conditioning, strict=True):
-        writer.add(name, latent, conditioning, {"artist": "A B" if name in ("t1", "t4") else "C"})
-    writer.close()
-    return root
+    return helpers.write_world(root, 6, lambda name: {"artist": "A B" if name in ("t1", "t4") else "C"})
 
 
 def test_an_unlearned_model_is_a_model(world, tmp_path, capsys):

@@ -4,14 +4,11 @@ import json
 from pathlib import Path
 
 import helpers
-import numpy as np
 import pytest
 
 pytest.importorskip("stable_audio_tools")
 
 from attr_engine.cli import main  # noqa: E402
-from attr_engine.latents import LatentWriter  # noqa: E402
-from attr_engine.models.stable_audio import save_model  # noqa: E402
 
 QUICK = ["--fisher-draws", 4, "--update-draws", 4, "--score-draws", 4, "--rows", 4, "--threads", 1, "--targets", 2,
          "--pieces", 3, "--piece-targets", 1, "--sampler-steps", 2]  # fmt: skip
@@ -24,14 +21,7 @@ def run(*arguments: object) -> int:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("world")
-    model = helpers.tiny_stable_audio(3)
-    save_model(model.wrapper, helpers.stable_audio_config(), root / "model")
-    tracks = helpers.make_tracks(np.random.default_rng(3), 8, 3, 16)
-    writer = LatentWriter(root / "latents", padding=tracks.silence)
-    for name, latent, conditioning in zip(tracks.ids, tracks.raw, tracks.conditioning, strict=True):
-        writer.add(name, latent, conditioning, {"seconds": 4.0 + 2 * int(name[1:])})
-    writer.close()
-    return root
+    return helpers.write_world(root, 8, lambda name: {"seconds": 4.0 + 2 * int(name[1:])})
 
 
 def complaint(capsys, *arguments: object) -> str:

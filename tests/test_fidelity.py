@@ -8,8 +8,8 @@ import pytest
 
 from attr_engine import UserError
 from attr_engine.embed import Embedding, latent_statistics
-from attr_engine.fidelity import clap_score, cluster_kl, embedded, frechet, nearest, pieces, posterior_kl
-from attr_engine.frechet import frechet_distance
+from attr_engine.fidelity import clap_score, cluster_kl, embedded, frechet, nearest, posterior_kl
+from attr_engine.frechet import frechet_distance, pieces
 
 
 def test_nearest_is_the_largest_cosine(rng):

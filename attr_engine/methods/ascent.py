@@ -23,14 +23,13 @@ from attr_engine.methods.unlearner import (
     descend,
     even_rows,
     fitted,
-    length,
     loss_and_gradient,
     null_loss,
     training_plan,
 )
 from attr_engine.models.protocol import Denoiser
 from attr_engine.unlearn import check_settings, group_gradient
-from attr_engine.updates import applied
+from attr_engine.updates import applied, norm
 
 _POOL = 64  # training tracks whose conditioning stands in where what is forgotten has none but its own
 
@@ -64,7 +63,7 @@ def ascend(
     plan.check(draws, "the number of update draws")
     bound = null_loss(model, source, forget, plan, masked, null, rows)
     delta = {n: torch.zeros_like(p, dtype=work_dtype(model)) for n, p in parameters.items()}
-    whole, mean = length(parameters), math.nan
+    whole, mean = norm(parameters), math.nan
     for k in range(steps):
         seen: list[Tensor] = []
 
@@ -79,13 +78,13 @@ def ascend(
         mean = float(found.mean())
         if bool((found >= bound).all()):
             return Outcome(delta, k, mean, bound)
-        norm = length(gradient)
-        if not 0.0 < norm < math.inf:
+        long = norm(gradient)
+        if not 0.0 < long < math.inf:
             raise UserError(
-                f"the gradient of {source.ids[forget[0]]!r} has norm {norm}: the layers do not see it, or it holds NaN"
+                f"the gradient of {source.ids[forget[0]]!r} has norm {long}: the layers do not see it, or it holds NaN"
             )
         for name, value in delta.items():
-            value.add_(gradient[name], alpha=strength / steps * whole / norm)
+            value.add_(gradient[name], alpha=strength / steps * whole / long)
     return Outcome(delta, steps, mean, bound)
 
 

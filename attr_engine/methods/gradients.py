@@ -7,7 +7,7 @@ each backward pass through tracks meets those of all queries (:mod:`attr_engine.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,7 +25,7 @@ from attr_engine.methods.passes import Kept, check_model, keep, plan_of, rows_a_
 from attr_engine.models.protocol import Denoiser, select_parameters
 from attr_engine.persample import check_against_loop, summed_gradient
 from attr_engine.unlearn import group_gradient
-from attr_engine.updates import Directions, Update
+from attr_engine.updates import Directions, Update, norm
 
 
 @method("tracin", "gradient", "inner product of loss gradients, one checkpoint: TracIn (Pruthi et al. 2020)")
@@ -93,7 +93,7 @@ class FittedTracIn:
                 for name, g in summed_gradient(self.model, self.parameters, rows).items():
                     if g is not None:
                         total[name] += g
-            found.append(_length(total) / len(pairs))
+            found.append(norm(total) / len(pairs))
         return torch.tensor(found, dtype=torch.float64)
 
     def score(self, queries: Sequence[Query]) -> np.ndarray:
@@ -120,7 +120,7 @@ class FittedTracIn:
         scores = keep(self.work, "products", self.model, self.tracks, identity, make).all("scores").T.numpy()
         if self.kept is None:
             return scores
-        lengths = np.array([_length(u.delta) for u in asked])[:, None] * self.kept.all("lengths").numpy()
+        lengths = np.array([norm(u.delta) for u in asked])[:, None] * self.kept.all("lengths").numpy()
         return scores / np.maximum(lengths, 1e-300)
 
     def _asked(self, query: Query) -> Update:
@@ -130,14 +130,10 @@ class FittedTracIn:
         gradient = group_gradient(
             self.model, self.parameters, query.tracks, query.indices, range(s.update_draws), plan_of(s), s.mask_update, self.rows
         )  # fmt: skip
-        if not math.isfinite(_length(gradient)):
+        if not math.isfinite(norm(gradient)):
             raise UserError(f"the gradient of {query.id!r} is infinite or NaN: use --dtype float32")
         return Update(query.id, 1.0, "size", gradient, math.nan, math.nan)
 
 
 def _same(update: Update) -> Update:
     return update
-
-
-def _length(tensors: Mapping[str, Tensor]) -> float:
-    return math.sqrt(sum(float(x.double().square().sum()) for x in tensors.values()))

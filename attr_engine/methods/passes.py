@@ -18,7 +18,7 @@ from attr_engine.jobs import Query
 from attr_engine.latents.batch import Chosen, Tracks, check_tracks
 from attr_engine.memory import fit_rows
 from attr_engine.methods.base import Workspace
-from attr_engine.models.protocol import Denoiser, select_parameters
+from attr_engine.models.protocol import Denoiser, check_inference, select_parameters
 from attr_engine.runs import key_of
 from attr_engine.settings import Settings
 from attr_engine.tensorfile import load_tensors, save_tensors
@@ -41,10 +41,7 @@ def check_model(model: Denoiser, tracks: Tracks, what: str = "training") -> None
         UserError: names the track, or says what to call.
     """
     check_tracks(tracks, model.channels, model.frames, what)
-    if model.module.training:
-        raise UserError(
-            "the model is in training mode, where dropout would differ from pass to pass: call .eval()"
-        )
+    check_inference(model)
 
 
 def rows_a_pass(model: Denoiser, tracks: Tracks, s: Settings) -> int:

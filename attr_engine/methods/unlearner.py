@@ -26,7 +26,7 @@ from attr_engine.runs import key_of
 from attr_engine.score import score_function
 from attr_engine.settings import UNLEARNING
 from attr_engine.tensorfile import load_tensors, open_tensors, save_tensors
-from attr_engine.updates import Unlearned, Update, applied, free_bytes, swapped
+from attr_engine.updates import Unlearned, Update, applied, free_bytes, norm, swapped
 
 NULLS = ("auto", "untrained", "zero")
 ROWS = 16  # a pass, where the settings leave it open
@@ -55,12 +55,7 @@ class Outcome:
 
     def size(self, parameters: Mapping[str, nn.Parameter]) -> float:
         """Norm of the update relative to the norm of the parameters."""
-        return length(self.delta) / length(parameters)
-
-
-def length(tensors: Mapping[str, Tensor]) -> float:
-    """Norm of all tensors together."""
-    return float(torch.stack([t.detach().double().norm().cpu() for t in tensors.values()]).norm())
+        return norm(self.delta) / norm(parameters)
 
 
 def training_plan(seed: int) -> DrawPlan:
@@ -115,7 +110,7 @@ def descend(
             found = gradient(k)
         if found is None:
             return delta, k
-        if not math.isfinite(length(found)):
+        if not math.isfinite(norm(found)):
             raise UserError(f"unlearning diverged at step {k} (the gradient is not finite): use a smaller lr")
         for name, value in delta.items():
             value.grad = found[name]

@@ -49,6 +49,18 @@ class Denoiser(Protocol):
         ...
 
 
+def check_inference(model: Denoiser) -> None:
+    """Refuse a model in training mode.
+
+    Raises:
+        UserError: says what to call.
+    """
+    if model.module.training:
+        raise UserError(
+            "the model is in training mode, where dropout would differ from pass to pass: call .eval()"
+        )
+
+
 def select_parameters(model: Denoiser, layers: Sequence[str]) -> dict[str, nn.Parameter]:
     """Parameters of a layer group, by name.
 
