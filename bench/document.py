@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 import blocks  # noqa: E402 - needs the path
 import plots  # noqa: E402
 
-PAGES = ("performance.md", "evidence.md", "methods.md", "methods/strength.md")
+PAGES = ("performance.md", "evidence.md", "methods.md", "methods/strength.md", "index.md")
 
 
 def main() -> int:
