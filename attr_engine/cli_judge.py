@@ -62,6 +62,9 @@ moment, the same command carries on.
         "--removals", type=int, default=6, help="queries with removals, spread over all (default: 6)"
     )
     p.add_argument(
+        "--removal-seeds", type=int, metavar="N", help="trainings of each removal (default: as --seeds)"
+    )
+    p.add_argument(
         "--scale",
         type=float,
         default=1.0,
@@ -87,9 +90,17 @@ def retrain(args: argparse.Namespace) -> None:
 
     out, steps = Path(args.out), round(args.steps * args.scale)
     queries = [str(Path(q).resolve()) for q in args.queries]
-    if min(args.subsets, args.seeds, args.groups, args.removals, args.draws, args.k) < 1 or steps < 1:
+    removal_seeds = args.seeds if args.removal_seeds is None else args.removal_seeds
+    if removal_seeds > args.seeds:
         raise UserError(
-            "--subsets, --seeds, --groups, --removals, --draws, --k and --steps must be at least 1"
+            f"--removal-seeds {removal_seeds} is above --seeds {args.seeds}: a removal is compared with a training of its own seed"
+        )
+    if (
+        min(args.subsets, args.seeds, removal_seeds, args.groups, args.removals, args.draws, args.k) < 1
+        or steps < 1
+    ):
+        raise UserError(
+            "--subsets, --seeds, --removal-seeds, --groups, --removals, --draws, --k and --steps must be at least 1"
         )
     tables = named_tables(args.remove)
     recipe = Recipe(
@@ -109,7 +120,7 @@ def retrain(args: argparse.Namespace) -> None:
                 "no query of --queries is in every table of --remove: score the same queries by each method"
             )
         step = max(1, len(asked) // args.removals)
-        models += c.removals(tables, asked[::step][: args.removals], args.k, args.seeds, retrainer.tracks)
+        models += c.removals(tables, asked[::step][: args.removals], args.k, removal_seeds, retrainer.tracks)
     trainings = list(dict.fromkeys(m.training for m in models))
     show = progress.bar("training models again", "model")
     there = sum(retrainer.path(t).exists() for t in trainings)

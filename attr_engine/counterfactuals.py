@@ -136,6 +136,23 @@ class Truth:
             raise UserError("no random half was trained with every seed: run attr-engine retrain to its end")
         return self.kept[[r[0] for r in rows]], self.losses[np.array(rows).T]
 
+    def rise(self, rows: Sequence[int], column: int) -> float:
+        """How much higher the loss of a query is under some models than under those of the same seeds that saw every track, in percent.
+
+        Raises:
+            UserError: no model of one of these seeds was trained on everything.
+        """
+        base = {
+            int(self.seeds[m]): self.losses[m, column] for m, what in enumerate(self.what) if what == WHOLE
+        }
+        seeds = [int(self.seeds[m]) for m in rows]
+        missing = sorted(set(seeds) - set(base))
+        if missing:
+            raise UserError(
+                f"no model of seed {missing[0]} was trained on all tracks: run attr-engine retrain to its end"
+            )
+        return float(self.losses[list(rows), column].mean() / np.mean([base[s] for s in seeds]) - 1) * 100
+
     def mean_loss(self, what: str) -> np.ndarray:
         """Mean over the models of a kind: ``[Q]``.
 

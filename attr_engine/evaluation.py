@@ -130,17 +130,16 @@ def removal_table(case: Case, truth: Truth) -> Table | None:
             asked.setdefault(f"{name}\n{query}", []).append(m)
     if not asked:
         return None
-    base, known = truth.mean_loss(WHOLE), {q.id for q in case.queries}
-    chance = truth.mean_loss(RANDOM)
+    known = {q.id for q in case.queries}
+    seeds = {int(truth.seeds[m]) for rows in asked.values() for m in rows}
+    chance = [m for m, what in enumerate(truth.what) if what == RANDOM and int(truth.seeds[m]) in seeds]
     randoms: dict[str, float] = {}
     for key, rows in asked.items():
         name, query = key.split("\n")
         if query in known:
             column = truth.columns([query])[0]
-            found.setdefault(name, []).append(
-                float(truth.losses[rows, column].mean() / base[column] - 1) * 100
-            )
-            randoms[query] = float(chance[column] / base[column] - 1) * 100
+            found.setdefault(name, []).append(truth.rise(rows, column))
+            randoms[query] = truth.rise(chance, column)
     if not found:
         return None
     if len({len(values) for values in found.values()}) > 1:

@@ -1,6 +1,7 @@
 """Every method on the same queries, in one table: on the demo, or on music of your own.
 
     python bench/methods.py --demo demo-run --evidence evidence-run --out compared          after python bench/evidence.py; about an hour
+    python bench/methods.py ... --removals 4                                                also train without the ten best tracks of each
     python bench/methods.py --model M --data D --queries Q [--retrained R] --out compared   any other model and music
     python bench/methods.py --table bench/results/methods-demo.json
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +23,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
 import record  # noqa: E402 - needs the path
 
+RETRAINING = "--subsets 24 --draws 16 --groups 2 --leave-out family artist"  # bench/evidence.py's
 TARGETS = 8  # training tracks among the queries; three of them are shorter than 10 s
 # mucs and relabel take a minute a query as they are described; these are the figures of fewer draws and steps.
 METHODS = ("ridge", "das", "dtrak", "trak", "tracin", "influence", "norm_influence", "cosine", "features", "lpips", "rps", "loss_change",
@@ -33,7 +36,11 @@ def main() -> int:
     if args.table:
         print(document(json.loads(args.table.read_text())))
         return 0
-    more = []
+    from attr_engine.compare import folder_of
+
+    more: list = []
+    model, data, queries, retrained = args.model, args.data, args.queries or [], args.retrained
+    unasked: list = []
     if args.demo:
         from evidence_sets import Sets
 
@@ -41,17 +48,23 @@ def main() -> int:
         seconds = {i: float(sets.tracks.info[i]["seconds"]) for i in sets.targets}
         short = [i for i in sets.targets if seconds[i] < 10][:3]
         long = [i for i in sets.targets if seconds[i] >= 10][: TARGETS - 3]
-        more = ["--model", args.demo / "model", "--data", args.demo / "latents", "--queries", args.evidence / "queries" / "known",
-                "--where", "part=judge", "--retrained", args.evidence / "retrained",
-                "--self-influence", *(sets.tracks.ids[i] for i in [*short, *long])]  # fmt: skip
-    else:
-        more = ["--model", args.model, "--data", args.data, "--queries", *args.queries]
-        more += ["--retrained", args.retrained] if args.retrained else []
-    call = ["-m", "attr_engine.cli", "compare", "--methods", *args.methods, *more, "--score-draws", args.draws, "--threads",
-            args.threads, "--out", args.out]  # fmt: skip
-    done = subprocess.run([sys.executable, *map(str, call)], cwd=ROOT, stdout=subprocess.DEVNULL)
-    if done.returncode:
-        return done.returncode
+        model, data = args.demo / "model", args.demo / "latents"
+        queries = [args.evidence / "queries" / "known"]
+        unasked = [args.evidence / "generated"]  # the table of bench/evidence.py has their losses too
+        retrained = args.evidence / "retrained"
+        more = ["--where", "part=judge", "--self-influence", *(sets.tracks.ids[i] for i in [*short, *long])]
+    if args.removals and not retrained:
+        raise SystemExit("--removals needs --retrained: the folder where models are kept")
+    world = ["--model", model, "--data", data, "--queries", *queries]
+    compare = ["compare", "--methods", *args.methods, *world, *more, "--score-draws", args.draws, "--threads", args.threads, "--out",
+               args.out]  # fmt: skip
+    if args.removals:
+        attr_engine(compare)
+        found = args.out / "methods"
+        tables = [f"{name}={found / folder_of(name) / 'scores.parquet'}" for name in args.methods]
+        options = [*shlex.split(args.retraining), "--removals", args.removals, "--removal-seeds", "1"]
+        attr_engine(["retrain", *world, *unasked, *options, "--remove", *tables, "--out", retrained])
+    attr_engine([*compare, *(["--retrained", retrained] if retrained else [])])
     result = {
         "tables": json.loads((args.out / "methods.json").read_text()),
         "environment": record.environment(),
@@ -60,6 +73,15 @@ def main() -> int:
     record.write(result, args.json)
     print(document(result))
     return 0
+
+
+def attr_engine(call: list) -> None:
+    """A command of attr-engine; ends this one where it fails."""
+    done = subprocess.run(
+        [sys.executable, "-m", "attr_engine.cli", *map(str, call)], cwd=ROOT, stdout=subprocess.DEVNULL
+    )
+    if done.returncode:
+        raise SystemExit(done.returncode)
 
 
 def _arguments() -> argparse.Namespace:
@@ -73,6 +95,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--queries", type=Path, nargs="+", help="likewise")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help=f"methods ({' '.join(METHODS)})")
     parser.add_argument("--draws", type=int, default=8, help="score draws a track (8)")
+    parser.add_argument("--removals", type=int, default=0, metavar="N",
+                        help="also train without the ten best tracks of every method for each of N queries (0)")  # fmt: skip
+    parser.add_argument("--retraining", default=RETRAINING, metavar="OPTIONS",
+                        help=f"of attr-engine retrain, the same as when --retrained was made ({RETRAINING})")  # fmt: skip
     parser.add_argument("--threads", type=int, default=1, help="of torch (1)")
     parser.add_argument("--out", type=Path, default=ROOT / "compared", help="folder of the comparison")
     parser.add_argument("--json", type=Path, default=ROOT / "bench" / "results" / "methods-demo.json")
@@ -91,7 +117,7 @@ def document(result: dict) -> str:
         place = first.columns.index("LDS")
         rows = sorted(first.rows, key=lambda row: -row[place] if isinstance(row[place], float) else 9.0)
         tables["Methods"] = Table(first.title, first.columns, rows, first.note)
-    wanted = ("Methods", "Linear datamodelling", "Rank of a training", "Planted")
+    wanted = ("Methods", "Linear datamodelling", "Removal", "Rank of a training", "Planted")
     return markdown([t for title, t in tables.items() if title.startswith(wanted)])
 
 

@@ -56,6 +56,7 @@ def test_scores_are_judged_by_models_trained_again(place, capsys):
     assert retrain(place, *remove, "--leave-out", "artist") == 0
     assert "noise ceiling" in capsys.readouterr().out
     trained = sorted(p.name for p in (place / "retrained" / "models").iterdir())
+    assert {name.rpartition("-")[2][:5] for name in trained if name.startswith("top")} == {"seed1", "seed2"}
     assert retrain(place, *remove, "--leave-out", "artist") == 0
     assert sorted(p.name for p in (place / "retrained" / "models").iterdir()) == trained
     assert main(["evaluate", str(place / "run"), "--retrained", str(place / "retrained")]) == 0
@@ -73,6 +74,19 @@ def test_scores_are_judged_by_models_trained_again(place, capsys):
     table = next(t for t in found if "LDS" in t["title"])
     assert [row[0] for row in table["rows"]][0] == Settings().functions[0]
     assert "random (control)" in [row[0] for row in table["rows"]]
+
+
+def test_removals_may_have_fewer_seeds_than_halves(place, capsys):
+    assert run(place) == 0
+    remove = ("--remove", f"mine={place / 'run' / 'scores.parquet'}", "--k", "2", "--removals", "2")
+    assert retrain(place, *remove, "--removal-seeds", "1") == 0
+    names = [p.name for p in (place / "retrained" / "models").iterdir()]
+    assert {n.rpartition("-")[2][:5] for n in names if n.startswith(("top", "random"))} == {"seed1"}
+    assert {n.rpartition("-")[2][:5] for n in names if n.startswith(("half", "whole"))} == {"seed1", "seed2"}
+    assert main(["evaluate", str(place / "run"), "--retrained", str(place / "retrained")]) == 0
+    assert "Removal of the top 2" in capsys.readouterr().out
+    assert retrain(place, *remove, "--removal-seeds", "3") == 2
+    assert "--removal-seeds 3 is above --seeds 2" in capsys.readouterr().err
 
 
 def test_tables_of_other_queries_are_judged_on_those_that_all_have(place, capsys):

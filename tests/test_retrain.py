@@ -1,6 +1,7 @@
 """Models trained again on parts of the data: which tracks they saw, that they are kept, and what they say."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -140,6 +141,19 @@ def test_groups_and_tops_are_left_out(place, rng):
     found = [m for m in removals({"mine": table}, ["q1"], 2, 1, tracks) if m.what.startswith("top")]
     assert [m.what for m in found] == ["top of mine for q1"]
     assert set(found[0].training.left_out) == set(np.argsort(-scores[1])[:2].tolist())
+
+
+def test_a_removal_is_compared_with_trainings_of_its_own_seeds(rng):
+    losses = rng.uniform(1, 2, size=(5, 3))
+    losses[1] *= 10  # of a seed that no removal has
+    what = ["whole", "whole", "whole", "top of m for q", "top of m for q"]
+    truth = Truth(list("ab"), list("xyz"), what, np.array([1, 2, 3, 3, 1]), np.ones((5, 2), bool), losses)
+    for column in range(3):
+        own = (losses[0, column] + losses[2, column]) / 2
+        expected = ((losses[3, column] + losses[4, column]) / 2 - own) / own * 100
+        assert np.isclose(truth.rise([3, 4], column), expected, rtol=1e-12)
+    with pytest.raises(UserError, match="no model of seed 4"):
+        replace(truth, seeds=np.array([1, 2, 3, 4, 1])).rise([3, 4], 0)
 
 
 def test_the_table_of_losses_is_read_as_it_was_written(tmp_path, rng):
