@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -61,6 +63,20 @@ def _index(result: dict[str, Any]) -> Plot:
     return Plot("All scores of one query by an index", "index, MB", "ms", series)
 
 
+def _scale(result: dict[str, Any], what: str, title: str) -> Plot:
+    """Seconds of every way against the number in the names of its cases, such as ``"scores, 256 frames, 1 query"``."""
+    series: dict[str, Points] = {}
+    for row in result["rows"]:
+        found = re.match(rf"([^,]*), (?:([\d,]+) {what}|{what} (\d+))", row["case"])
+        if found and row["seconds"]:
+            at = int((found[2] or found[3]).replace(",", ""))
+            series.setdefault(f"{found[1]}: {row['way']}", []).append((at, statistics.median(row["seconds"])))
+    s = result["settings"]
+    return Plot(
+        f"{title}, {s['depth']} layers, {result['threads']} threads", what, "seconds (median)", series
+    )
+
+
 def all_plots() -> dict[Path, Plot]:
     """Every plot whose results are there, by its file."""
     made: dict[str, tuple[str, Callable[[dict[str, Any]], Plot]]] = {
@@ -71,10 +87,24 @@ def all_plots() -> dict[Path, Plot]:
         "fisher-memory": ("fisher", lambda r: _fisher(r, "peak MB", lambda row: row.get("peak_mb"))),
         "difference-error": ("score", _modes),
         "index-time": ("index", _index),
+        "scale-frames": (
+            "scale",
+            lambda r: _scale(r, "frames", f"Four tracks, width {r['settings']['width']}"),
+        ),
+        "scale-width": ("scale", lambda r: _scale(r, "width", "Four tracks of 256 frames")),
+        "scale-queries": (
+            "scale",
+            lambda r: _scale(r, "queries", f"16 tracks of 64 frames, width {r['settings']['width']}"),
+        ),
+        "scale-tracks": (
+            "scale",
+            lambda r: _scale(r, "tracks", f"Tracks of 64 frames, width {r['settings']['width']}"),
+        ),
     }
     return {
         FOLDER / f"{name}.svg": make(json.loads((RESULTS / f"{source}.json").read_text()))
         for name, (source, make) in made.items()
+        if (RESULTS / f"{source}.json").exists()
     }
 
 

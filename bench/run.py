@@ -68,7 +68,7 @@ QUESTIONS: dict[str, tuple[str, tuple[Part, ...]]] = {
     "cold": ("how long it is until something happens: imports, --help, the first result", (
         Part("cold.py", "cold.json", "--quick", "", "takes"),
     )),
-    "scale": ("how time grows with tracks, frames, queries and processes", (
+    "scale": ("how time grows with tracks, frames, width, queries and processes", (
         Part("scale.py", "scale.json", "--quick", ""),
         Part("processes.py", "processes.json", None, "", "needs", threads=False),
     )),

@@ -1,4 +1,4 @@
-"""How does the time grow with tracks, frames, queries and processes?
+"""How does the time grow with tracks, frames, width, queries and processes?
 
     python bench/scale.py                   some minutes
     python bench/scale.py --quick           small cases: does it run?
@@ -37,12 +37,8 @@ from attr_engine.updates import Update
 ROOT = Path(__file__).resolve().parent.parent
 FISHER, SCORES, FIRST, AFTER = "Fisher", "scores", "scores to first order", "ranks and errors"
 LIMIT, COPY = "plain passes", "copy of the effects"
-FRAMES, QUERIES, TRACKS, PROCESSES = (
-    (64, 256, 1024, 2584),
-    (1, 4, 16, 64),
-    (100, 1000, 10_000, 100_000),
-    (1, 2, 4),
-)
+FRAMES, QUERIES, TRACKS = (64, 256, 1024, 2584), (1, 4, 16, 64), (100, 1000, 10_000, 100_000)
+WIDTHS, PROCESSES = (128, 256, 512, 1024, 1536), (1, 2, 4)
 UNIT = 16  # tracks of a durable unit of scoring
 BELOW = 1e-4
 
@@ -52,7 +48,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--width", type=int, default=128, help="of the DiT (128)")
+    parser.add_argument("--width", type=int, default=128, help="of the DiT where nothing else is said (128)")
     parser.add_argument("--depth", type=int, default=2, help="its layers (2)")
     parser.add_argument(
         "--most-tracks", type=int, default=1000, help="that are measured; more are computed (1000)"
@@ -73,7 +69,9 @@ def main() -> int:
     processes = (1, 2) if args.quick else PROCESSES
     started, rows = record.environment(), []
     for f in frames:
-        rows += by_frames(args, f)
+        rows += by_shape(f"{f} frames", f, args.width, args)
+    for w in (64, 128) if args.quick else WIDTHS:
+        rows += by_shape(f"width {w}", 256, w, args)
     for q in queries:
         rows += by_queries(args, q)
     rows += by_tracks(args, tracks)
@@ -108,9 +106,9 @@ def _off(found: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
 
-def by_frames(args: argparse.Namespace, frames: int) -> list[record.Row]:
+def by_shape(name: str, frames: int, width: int, args: argparse.Namespace) -> list[record.Row]:
     """The Fisher of four tracks, and their scores for one query."""
-    case = Case(frames, args.width, args.depth, tracks=4)
+    case = Case(frames, width, args.depth, tracks=4)
     together, pairs = case.rows_a_pass(), [(i, 0) for i in range(4)]
     settings = FisherSettings(LAYERS, PLAN, 1, rows=together)
     exact, _ = sum_unit(case.model, case.tracks, replace(settings, rows=1, gradients="loop"), range(4))
@@ -122,9 +120,9 @@ def by_frames(args: argparse.Namespace, frames: int) -> list[record.Row]:
     found = fisher()
     error = max(float((found[n] - w).norm() / w.norm()) for n, w in exact.items() if bool(w.any()))
     fitted = _timed(
-        f"Fisher, {frames} frames", {LIMIT: lambda: case.backward(ready), FISHER: fisher}, {FISHER: error}, 4, args.repeat
+        f"Fisher, {name}", {LIMIT: lambda: case.backward(ready), FISHER: fisher}, {FISHER: error}, 4, args.repeat
     )  # fmt: skip
-    return [*fitted, *_scored(case, f"{frames} frames, 1 query", 1, args.repeat)]
+    return [*fitted, *_scored(case, f"{name}, 1 query", 1, args.repeat)]
 
 
 def _scored(case: Case, name: str, queries: int, repeat: int, first_order: bool = False) -> list[record.Row]:
