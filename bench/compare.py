@@ -3,6 +3,7 @@
     python bench/compare.py OLD.json NEW.json           ratios to limits and peers, which travel between machines
     python bench/compare.py OLD NEW                     two folders of results: every question that both have
     python bench/compare.py OLD NEW --seconds           the times themselves, of the same kind of machine only
+    python bench/compare.py ONCE AGAIN --moved          two runs of the same state: how many figures moved by more than their spread?
 
 Only rows of the engine are judged. A ratio is taken within each repetition; the spread is from the lowest to the highest. *Worse* is a
 median that is worse by more than the spread of either result, and by more than 1 %. The exit code is 1 where a row is worse, where a check
@@ -16,7 +17,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +75,11 @@ def _fisher(result: Result) -> Iterator[Measure]:
     for case in result["cases"]:
         rows = {row["way"]: row for row in case["rows"]}
         for way, row in rows.items():
-            for base in ("backward", "loop"):
-                if way.startswith("engine") and base in rows:
+            for base, other in rows.items() if way.startswith("engine") else ():
+                same = other.get("full") or base == "backward" or other.get("same_coverage") == way
+                if same and not base.startswith("engine") and other["status"] == "ok":
                     name = f"{case['tokens']} tokens, width {case['width']}: {way}, of {base}"
-                    yield Measure(name, _over(row["seconds"], rows[base]["seconds"]), status=row["status"])
+                    yield Measure(name, _over(row["seconds"], other["seconds"]), status=row["status"])
 
 
 def _stream(result: Result) -> Iterator[Measure]:
@@ -287,6 +289,18 @@ def markdown(lines: Sequence[Line]) -> str:
     return "\n".join(out)
 
 
+def moved(found: Sequence[tuple[str, Sequence[Line]]]) -> str:
+    """How far two runs of the same state agree: figures that moved by no more than the spread of either run, and the others."""
+    out = ["| question | figures | moved by less than their spread | by more |", "|---|---|---|---|"]
+    for name, lines in found:
+        judged = [line for line in lines if line.verdict in ("same", "worse", "better")]
+        out.append(f"| {name} | {len(judged)} | {sum(line.verdict == 'same' for line in judged)} | "
+                   f"{sum(line.verdict != 'same' for line in judged)} |")  # fmt: skip
+    rest = [replace(line, name=f"{name}: {line.name}") for name, lines in found for line in lines
+            if line.verdict in ("worse", "better") or line.bad]  # fmt: skip
+    return "\n".join([*out, "", markdown(rest)] if rest else out)
+
+
 def _cells(one: Measure | None) -> str:
     """Median and spread; a row whose check failed shows neither."""
     if one is None or not one.values or one.status in ("wrong", "failed"):
@@ -304,9 +318,15 @@ def main() -> int:
     parser.add_argument(
         "--seconds", action="store_true", help="times, not ratios; of the same kind of machine only"
     )
+    parser.add_argument(
+        "--moved", action="store_true", help="count what moved by more than its spread, either way"
+    )
     args = parser.parse_args()
     try:
         pairs = list(_pairs(args.old, args.new, args.seconds))
+        if args.moved:
+            print(moved([(name, compare(old, new, args.seconds)) for name, old, new in pairs]))
+            return 0
         bad = False
         for name, old, new in pairs:
             lines = compare(old, new, args.seconds)

@@ -1,4 +1,7 @@
-"""What every result of bench/ carries, and how its repetitions become ratios and a table. Standard library alone."""
+"""What every result of bench/ carries, and how its repetitions become ratios and a table. Standard library alone.
+
+``python bench/record.py bench/results/unlearn.json`` prints the table of an earlier run, of the scripts that have no --table.
+"""
 
 from __future__ import annotations
 
@@ -293,3 +296,8 @@ def _status(field: str) -> int:
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     raise OSError(f"no {field}")
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        print(markdown(json.loads(Path(name).read_text())))

@@ -71,6 +71,17 @@ def test_the_spread_of_either_side_excuses(compare):
     }
 
 
+def test_two_runs_of_one_state_are_counted_by_whether_they_moved(compare):
+    once = result({"a": [2.0, 2.01], "b": [3.0, 3.01], "c": [4.0, 4.5]})
+    again = result({"a": [2.5, 2.51], "b": [2.5, 2.51], "c": [4.4, 4.6]})
+    table = compare.moved([("unlearn", compare.compare(once, again))]).splitlines()
+    assert table[2] == "| unlearn | 3 | 1 | 2 |"
+    assert [line.split(" | ")[0] for line in table[6:]] == [
+        "| unlearn: c: a, of limit",
+        "| unlearn: c: b, of limit",
+    ]
+
+
 def test_a_row_that_is_missing_or_wrong_is_bad_and_shows_no_figure(compare):
     old = result({"a": [2.0, 2.1], "b": [3.0, 3.1]})
     without = result({"a": [2.0, 2.1]})
