@@ -12,7 +12,7 @@ CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/test/*.h csrc/test/*.cpp)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test gate gpu lint format asan tsan sanitize fuzz clean distclean
+.PHONY: help venv demo test gate gpu peers lint format asan tsan sanitize fuzz clean distclean
 
 help:  ## list the targets
 	@echo "attr_engine: which training tracks made this piece?"
@@ -44,6 +44,9 @@ gate: venv  ## compile every shipped kernel for three GPU architectures, without
 
 gpu: venv  ## the tests that need a GPU
 	@$(BIN)/python -m pytest -m gpu -rs
+
+peers: venv  ## measure the engine beside other libraries, which are installed under bench/, and print one table (1 h; 25 GB of disk)
+	@$(BIN)/python bench/run.py --full peers; code=$$?; $(BIN)/python bench/peers.py && exit $$code
 
 lint: venv  ## style and types without the tests, and clang-format and clang-tidy for csrc (2 min)
 	@$(BIN)/ruff check .

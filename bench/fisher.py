@@ -109,11 +109,18 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
 class Bench:
     """The processes of all ways, and what is asked of them.
 
+    Attributes:
+        script: that serves a way.
+        peers: the environment of the other libraries.
+        needs: the distribution that each peer needs.
+
     Args:
         args: the settings.
         work: a folder for the reference and for logs.
         failed: requirements that could not be installed, with the reason.
     """
+
+    script, peers, needs = "fisher_worker.py", client.PEERS, PEERS
 
     def __init__(self, args: argparse.Namespace, work: Path, failed: dict[str, str]) -> None:
         self._args, self._work, self._failed = args, work, failed
@@ -127,7 +134,7 @@ class Bench:
     def case(self, tokens: int) -> report.Result:
         """Everything at one length."""
         args = self._args
-        size = {"tokens": tokens, "width": args.width, "depth": args.depth, "batch": args.batch}
+        size = self._size(tokens)
         say(f"{tokens} tokens: the reference")
         for way in args.ways:
             self._worker(way, way)
@@ -148,14 +155,22 @@ class Bench:
         parameters = {"parameters": sum(elements.values()), "tensors": len(elements)}
         return {**size, **parameters, "rows": rows, "batch_one": one}
 
+    def _size(self, tokens: int) -> Size:
+        args = self._args
+        return {"tokens": tokens, "width": args.width, "depth": args.depth, "batch": args.batch}
+
     def _worker(self, name: str, way: str) -> client.Worker:
         if name not in self._running:
-            self._running[name] = client.Worker(way, way in PEERS, self._args.threads, self._work)
+            self._running[name] = self._start(way)
         return self._running[name]
+
+    def _start(self, way: str, exact: bool = False) -> client.Worker:
+        python = str(self.peers.python()) if way in self.needs else sys.executable
+        return client.Worker(self.script, python, way, self._args.threads, self._work, exact)
 
     def _alone(self, way: str, question: str, size: Size, only: Sequence[str] = ()) -> dict[str, Any]:
         """Ask in a process of its own, which ends after the answer."""
-        worker = client.Worker(way, way in PEERS, self._args.threads, self._work, exact=question == "peak")
+        worker = self._start(way, exact=question == "peak")
         try:
             return worker.do(question, size, only)
         finally:
@@ -175,29 +190,36 @@ class Bench:
             "times": 1,
             "seconds": [],
         }
-        if "errors" not in answer:
+        if "missing" in answer or "failed" in answer:
             row["status"] = "missing" if "missing" in answer else "failed"
             reason = stream_report.plain(answer[row["status"]])
             if row["status"] == "missing":
-                reason += f": {self._failed.get(PEERS.get(way, ''), 'run with --peers')}"
+                reason += f": {self._failed.get(self.needs.get(way, ''), 'run with --peers')}"
             return row | {"reason": reason}
+        self._judge(row, answer, elements)
+        return row
+
+    def _judge(self, row: report.Row, answer: dict[str, Any], elements: dict[str, int]) -> None:
+        """Add to a row what its check found."""
         errors: dict[str, float] | None = answer["errors"]
         if errors is None:
-            return row
-        row["names"] = list(errors)
-        row["covered"] = {
-            "tensors": len(errors), "of_tensors": len(elements),
-            "parameters": sum(elements[name] for name in errors), "of_parameters": sum(elements.values()),
-        }  # fmt: skip
-        row["not_covered"] = [name for name in elements if name not in errors]
-        row["full"] = not row["not_covered"]
+            return
+        self._cover(row, list(errors), elements)
         wrong = [name for name, error in errors.items() if not error < TOLERANCE]
         worst = max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])
         row["error"], row["error_of"] = errors[worst], worst
         if wrong:
             row["status"] = "wrong"
             row["reason"] = f"{len(wrong)} of {len(errors)} parameters differ from the loop, most {worst}"
-        return row
+
+    def _cover(self, row: report.Row, names: list[str], elements: dict[str, int]) -> None:
+        row["names"] = names
+        row["covered"] = {
+            "tensors": len(names), "of_tensors": len(elements),
+            "parameters": sum(elements[name] for name in names), "of_parameters": sum(elements.values()),
+        }  # fmt: skip
+        row["not_covered"] = [name for name in elements if name not in names]
+        row["full"] = not row["not_covered"]
 
     def _same_coverage(
         self, rows: list[report.Row], size: Size, elements: dict[str, int]

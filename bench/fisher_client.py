@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,15 +25,18 @@ class Worker(stream_client.Running):
     """The process of one way.
 
     Args:
-        way: its name in ``fisher_ways.WAYS`` or ``fisher_peers.PEERS``, or ``reference``.
-        peer: whether it needs the peers' environment.
+        script: that serves it, ``fisher_worker.py`` or another one of this folder.
+        python: that it runs in.
+        way: its name among the script's, or ``reference``.
         threads: of torch.
         work: folder of the reference and of logs.
         exact: whether memory that is freed goes back at once, so that the resident size is what is in use; glibc
             otherwise keeps more or less of it by chance.
     """
 
-    def __init__(self, way: str, peer: bool, threads: int, work: Path, exact: bool = False) -> None:
+    def __init__(
+        self, script: str, python: str, way: str, threads: int, work: Path, exact: bool = False
+    ) -> None:
         work.joinpath("logs").mkdir(parents=True, exist_ok=True)
         self._log = work / "logs" / f"{''.join(c if c.isalnum() else '-' for c in way)}.txt"
         environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
@@ -42,11 +44,11 @@ class Worker(stream_client.Running):
             environment["MALLOC_MMAP_THRESHOLD_"] = str(2**16)
         with open(self._log, "w") as log:
             self._process = subprocess.Popen(
-                [str(PEERS.python()) if peer else sys.executable, "-u", str(HERE / "fisher_worker.py"), way, str(threads), str(work)],
+                [python, "-u", str(HERE / script), way, str(threads), str(work)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, bufsize=1, cwd=HERE,
                 env=environment, start_new_session=True,
             )  # fmt: skip
 
     def do(self, what: str, size: dict[str, int], only: Sequence[str] = (), times: int = 1) -> dict[str, Any]:
-        """The answer of fisher_worker.py to ``check``, ``run`` or ``peak``, or the reason under ``missing`` or ``failed``."""
+        """The answer of the script to ``check``, ``run`` or ``peak``, or the reason under ``missing`` or ``failed``."""
         return self.ask(json.dumps({"do": what, "size": size, "only": list(only), "times": times}))

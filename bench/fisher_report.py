@@ -150,17 +150,18 @@ def _line(case: Result, row: Row) -> str:
     name = f"**{row['way']}**" if row["way"].startswith("engine") else row["way"]
     if row["status"] != "ok":
         reason = f"{row['status'].upper()}: {row['reason']}".replace("|", "/")
-        return f"| {case['tokens']} | {name} | {reason} | | | {_covers(row)} | {_error(row)} |"
+        return f"| {case['tokens']} | {name} | {reason} | | | {covers(row)} | {_error(row)} |"
     loop, backward = (row.get("ratio_to", {}).get(base) for base in BASES)
     times = "" if loop is None else f"{loop['median']:.2f} ({loop['min']:.2f} to {loop['max']:.2f})"
     over = "" if backward is None else f"{backward['median']:.2f}"
     return (
-        f"| {case['tokens']} | {name} | {times} | {over} | {_number(row.get('peak_mb'))} | {_covers(row)} "
+        f"| {case['tokens']} | {name} | {times} | {over} | {_number(row.get('peak_mb'))} | {covers(row)} "
         f"| {_error(row)} |"
     )
 
 
-def _covers(row: Row) -> str:
+def covers(row: Row) -> str:
+    """How much of the parameters a row is of."""
     if "covered" not in row:
         return "no Fisher" if row["way"] == "backward" else ""
     if row["full"]:

@@ -55,7 +55,7 @@ TINY = Size(channels=8, width=128, depth=2, heads=2, context_width=64, timing_wi
 def transformer(size: Size, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
     """The network; parameters that start at zero are small random numbers, so that nothing is compared with zeros."""
     with quiet():
-        kind = _class()
+        kind = class_of_dit()
     with torch.device(device):
         module = kind(
             io_channels=size.channels, embed_dim=size.width, depth=size.depth, num_heads=size.heads,
@@ -71,7 +71,7 @@ def transformer(size: Size, dtype: torch.dtype, device: torch.device | str) -> n
     return module
 
 
-def _class() -> Any:
+def class_of_dit() -> Any:
     """``DiffusionTransformer``, without what else its package imports: audio, training, downloads."""
     name = "stable_audio_tools"
     if name not in sys.modules:

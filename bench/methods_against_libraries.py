@@ -10,7 +10,6 @@ import argparse
 import copy
 import hashlib
 import json
-import logging
 import math
 import os
 import subprocess
@@ -18,12 +17,15 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import score_libraries as libraries
 import torch
 from peers_env import Environment
+from score_libraries import Regression, mse, square
 from torch import Tensor, nn
 
 import attr_engine as ae
@@ -77,14 +79,6 @@ class Small:
         return self.module(x_t.double(), t.double())
 
 
-def mse(prediction: Tensor, target: Tensor) -> Tensor:
-    return (prediction - target).square().mean(dim=(-2, -1))
-
-
-def square(prediction: Tensor, target: Tensor) -> Tensor:
-    return prediction.square().mean(dim=(-2, -1))
-
-
 class Case:
     """Model, tracks and queries, and their rows as tensors.
 
@@ -132,131 +126,21 @@ class Case:
         """Lambda, as every library takes it."""
         return DAMPING * float(self.gradients("score", function).square().sum(dim=1).mean())
 
-    def loader(self, purpose: Purpose) -> Any:
-        data = torch.utils.data.TensorDataset(*self.rows[purpose])
-        return torch.utils.data.DataLoader(data, batch_size=TRACKS, shuffle=False)
+    def regression(self) -> Regression:
+        """Model, tracks and queries as the libraries take them."""
+        return Regression(self.model.module, self.rows["score"], self.rows["update"], self.folder, TRACKS, self.seed)  # fmt: skip
 
 
 # -- the libraries, each ``[Q, N]`` ---------------------------------------------------------------------
 
 
-def captum_tracin(case: Case) -> np.ndarray:
-    """TracInCP with one checkpoint of learning rate 1."""
-    from captum.influence import TracInCP
-
-    class Rowwise(nn.Module):
-        def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
-            return mse(prediction, target)
-
-    tracin = TracInCP(
-        case.model.module, case.loader("score"), checkpoints=["one"], checkpoints_load_func=lambda model, path: 1.0,
-        loss_fn=Rowwise(), batch_size=None,
-    )  # fmt: skip
-    return tracin.influence(case.rows["update"]).numpy()
-
-
-def dattri_task(case: Case, function: Callable[[Tensor, Tensor], Tensor]) -> Any:
-    from dattri.task import AttributionTask
-
-    module = case.model.module
-
-    def loss(parameters: Any, data: Any) -> Tensor:
-        x, t, y = data
-        return function(torch.func.functional_call(module, parameters, (x[None], t[None])), y[None]).sum()
-
-    return AttributionTask(loss_func=loss, model=module, checkpoints=[module.state_dict()])
-
-
-def dattri_tracin(case: Case, normalised: bool) -> np.ndarray:
-    from dattri.algorithm.tracin import TracInAttributor
-
-    attributor = TracInAttributor(dattri_task(case, mse), torch.ones(1), normalised)
-    attributor.projector_kwargs = None  # it projects to 512 numbers otherwise
-    return attributor.attribute(case.loader("score"), case.loader("update")).numpy().T
-
-
-def dattri_trak(case: Case, width: int) -> np.ndarray:
-    from dattri.algorithm.trak import TRAKAttributor
-
-    count = sum(p.numel() for p in case.model.module.parameters())
-    attributor = TRAKAttributor(
-        dattri_task(case, mse), lambda parameters, data: torch.zeros(1, dtype=torch.float64),  # Q = 1 - p = 1
-        {"proj_dim": width, "proj_type": "normal", "device": "cpu", "proj_seed": case.seed % 1000},
-        regularization=case.ridge(mse) / count,  # it divides gradients by the root of their length
-    )  # fmt: skip
-    attributor.cache(case.loader("score"))
-    return attributor.attribute(case.loader("update")).numpy().T
-
-
-def traker(case: Case, function: Callable[[Tensor, Tensor], Tensor], width: int = 0) -> np.ndarray:
-    """Without projection where ``width`` is 0; the library multiplies all scores by one number."""
-    from trak import TRAKer
-    from trak.modelout_functions import AbstractModelOutput
-    from trak.projectors import BasicProjector, NoOpProjector, ProjectionType
-
-    class Output(AbstractModelOutput):
-        def __init__(self) -> None:
-            pass
-
-        def get_output(self, model: Any, weights: Any, buffers: Any, x: Tensor, t: Tensor, y: Tensor) -> Tensor:  # fmt: skip
-            out = torch.func.functional_call(model, (weights, buffers), (x[None], t[None]))
-            return function(out, y[None]).sum()
-
-        def get_out_to_loss_grad(self, model: Any, weights: Any, buffers: Any, batch: Any) -> Tensor:
-            return torch.ones(len(batch[0]), 1)
-
-    module = case.model.module
-    count = sum(p.numel() for p in module.parameters())
-    projector = (
-        BasicProjector(count, width, case.seed % 1000, ProjectionType.normal, "cpu", 16, torch.float32)
-        if width
-        else NoOpProjector(device="cpu")
-    )
-    found = TRAKer(
-        module, Output(), TRACKS, tempfile.mkdtemp(dir=case.folder), device="cpu", projector=projector,
-        use_half_precision=False, lambda_reg=case.ridge(function) / count, logging_level=logging.ERROR,
-    )  # fmt: skip
-    found.load_checkpoint(module.state_dict(), model_id=0)
-    found.featurize(case.rows["score"], num_samples=TRACKS)
-    found.finalize_features()
-    found.start_scoring_checkpoint("asked", module.state_dict(), 0, num_targets=QUERIES)
-    found.score(case.rows["update"], num_samples=QUERIES)
-    return np.asarray(found.finalize_scores("asked")).T
-
-
 def kronfluence_scores(case: Case, strategy: str) -> np.ndarray:
-    """``identity`` is TracIn; ``diagonal`` divides by the mean square of the gradients and damping."""
-    from kronfluence.analyzer import Analyzer, prepare_model
-    from kronfluence.arguments import FactorArguments, ScoreArguments
-    from kronfluence.task import Task
-
-    class Regression(Task):
-        def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
-            x, t, y = batch
-            return mse(model(x, t), y).sum()
-
-        def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
-            return self.compute_train_loss(batch, model)
-
-    def data(purpose: Purpose) -> Any:
-        return torch.utils.data.TensorDataset(*case.rows[purpose])
-
-    task, wide = Regression(), torch.float64
-    model = prepare_model(copy.deepcopy(case.model.module), task)
-    folder = tempfile.mkdtemp(dir=case.folder)
-    analyzer = Analyzer("case", model, task, cpu=True, output_dir=folder, disable_tqdm=True, log_level=logging.ERROR)  # fmt: skip
-    factors = FactorArguments(
-        strategy=strategy, use_empirical_fisher=True, per_sample_gradient_dtype=wide, lambda_dtype=wide
-    )
-    # Ours is relative to the mean of the Fisher, theirs a number.
+    """Of a copy of the module, with damping relative to the mean of the Fisher as ours, which theirs is not."""
     damping = DAMPING * float(case.gradients("fisher", mse).square().mean())
-    scores = ScoreArguments(damping_factor=damping, per_sample_gradient_dtype=wide, precondition_dtype=wide, score_dtype=wide)  # fmt: skip
-    analyzer.fit_all_factors("factors", data("fisher"), per_device_batch_size=8, factor_args=factors)
-    analyzer.compute_pairwise_scores(
-        "scores", "factors", data("update"), data("score"), per_device_query_batch_size=QUERIES, per_device_train_batch_size=8,
-        score_args=scores,
-    )  # fmt: skip
-    return analyzer.load_pairwise_scores("scores")["all_modules"].numpy()
+    copied = replace(case.regression(), module=copy.deepcopy(case.model.module), batch=8)
+    run, read = libraries.kronfluence_scores(copied, strategy, case.rows["fisher"], damping)
+    run()
+    return read()
 
 
 # -- comparing ------------------------------------------------------------------------------------------
@@ -280,15 +164,17 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
 def exact(case: Case) -> list[tuple[str, str, str, str, Callable[[], np.ndarray], str]]:
     """Our method, what it is compared with, up to what, in which precision, and what differs."""
     ridge = f"damping={DAMPING},{WHOLE}"
+    r = case.regression()
     scale = "projection turned off; the library divides (Phi^T Phi + lambda I)^-1 by its mean absolute entry, which scales all scores alike"
     size = "ours scales each query's update to a size"
     return [
-        ("tracin", "captum", "", "float64", lambda: captum_tracin(case), "TracInCP, one checkpoint, whole gradients"),
-        ("tracin", "dattri", "", "float32 sums", lambda: dattri_tracin(case, False), "projection turned off"),
-        ("tracin:normalised=yes", "dattri", "", "float32 sums", lambda: dattri_tracin(case, True), "Grad-Cos, projection turned off"),
+        ("tracin", "captum", "", "float64", libraries.captum_tracin(r), "TracInCP, one checkpoint, whole gradients"),
+        ("tracin", "dattri", "", "float32 sums", libraries.dattri_tracin(r), "projection turned off"),
+        ("tracin:normalised=yes", "dattri", "", "float32 sums", libraries.dattri_tracin(r, True), "Grad-Cos, projection turned off"),
         ("tracin", "kronfluence", "", "float64", lambda: kronfluence_scores(case, "identity"), "strategy identity"),
-        (f"trak:{ridge}", "traker", "a factor", "float32", lambda: traker(case, mse), scale),
-        (f"dtrak:{ridge}", "traker", "a factor", "float32", lambda: traker(case, square), f"of the squared norm; {scale}"),
+        (f"trak:{ridge}", "traker", "a factor", "float32", libraries.traker(r, mse, case.ridge(mse)), scale),
+        (f"dtrak:{ridge}", "traker", "a factor", "float32", libraries.traker(r, square, case.ridge(square)),
+         f"of the squared norm; {scale}"),
         (f"influence:damping={DAMPING}", "kronfluence", "a factor a query", "float64", lambda: kronfluence_scores(case, "diagonal"),
          f"strategy diagonal with the empirical Fisher of the same draws; {size}"),
     ]  # fmt: skip
@@ -313,11 +199,11 @@ def compare(seed: int, out: Path) -> bool:
                 {"method": method, "library": library, "max_relative_difference": difference(found, expected, up_to),
                  "up_to": up_to or "nothing", "precision_of_the_library": precision, "what_differs": differs}
             )  # fmt: skip
-        whole = case.ours(f"trak:damping={DAMPING},{WHOLE}")
+        r, whole = case.regression(), case.ours(f"trak:damping={DAMPING},{WHOLE}")
         for method, library, found in (
             ("trak", "attr_engine, rank 6", case.ours(f"trak:damping={DAMPING},rank=6")),
-            ("trak", "traker, 128 numbers", traker(case, mse, 128)),
-            ("trak", "dattri, 128 numbers", dattri_trak(case, 128)),
+            ("trak", "traker, 128 numbers", libraries.traker(r, mse, case.ridge(mse), 128)()),
+            ("trak", "dattri, 128 numbers", libraries.dattri_trak(r, 128, case.ridge(mse))()),
         ):
             rows.append(
                 {"method": method, "library": library, "rank_correlation_with_no_projection": rank_correlation(found, whole),

@@ -3,6 +3,7 @@
     python bench/run.py --quick                         does everything run? under two minutes; its times mean nothing
     python bench/run.py --full --demo demo-run          the figures, into bench/results: hours on an idle machine
     python bench/run.py --full fisher unlearn           some questions
+    python bench/run.py --full peers                    all that other libraries are in: about an hour; then bench/peers.py
     python bench/run.py --list                          what each question is
 
 Each part is a script of its own in a process of its own; its tables go to stdout, its JSON into the folder of results. What needs a demo
@@ -16,6 +17,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +48,9 @@ class Part:
 QUESTIONS: dict[str, tuple[str, tuple[Part, ...]]] = {
     "fisher": ("what a diagonal Fisher costs beside a plain backward pass, a loop and other libraries", (
         Part("fisher.py", "fisher.json", "--quick --no-memory --repeat 2 --ways backward engine loop", "--peers"),
+    )),
+    "first_order": ("what gradient dot products of tracks and queries cost beside other libraries", (
+        Part("first_order.py", "first_order.json", "--quick --no-memory --repeat 2 --ways engine loop vmap", "--peers"),
     )),
     "unlearn": ("what a step of unlearning costs beside plain passes and a loop", (
         Part("unlearn.py", "unlearn.json", "--quick --repeat 2", ""),
@@ -84,13 +89,19 @@ QUESTIONS: dict[str, tuple[str, tuple[Part, ...]]] = {
 }  # fmt: skip
 
 
+PEERS = "peers"  # stands for all parts that --full measures with other libraries
+
+
 def main() -> int:
     """Run, and say what came of it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "questions", nargs="*", metavar="question", help=f"all of them, or some of: {', '.join(QUESTIONS)}"
+        "questions",
+        nargs="*",
+        metavar="question",
+        help=f"all of them, or some of: {', '.join(QUESTIONS)}; {PEERS}: the parts of them that other libraries are in",
     )
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument("--quick", action="store_true", help="small cases: does everything run?")
@@ -100,9 +111,9 @@ def main() -> int:
     parser.add_argument("--threads", type=int, help="of torch (what each script has for its own, mostly 2)")
     parser.add_argument("--out", type=Path, help="folder of results (bench/results; with --quick bench-run)")
     args = parser.parse_args()
-    strange = [name for name in args.questions if name not in QUESTIONS]
+    strange = [name for name in args.questions if name not in (*QUESTIONS, PEERS)]
     if strange:
-        parser.error(f"there is no question {strange[0]!r}; known: {', '.join(QUESTIONS)}")
+        parser.error(f"there is no question {strange[0]!r}; known: {', '.join([*QUESTIONS, PEERS])}")
     if args.threads is not None and args.threads < 1:
         parser.error("--threads must be at least 1")
     if args.list:
@@ -111,15 +122,27 @@ def main() -> int:
     out = args.out or ROOT / ("bench-run" if args.quick else "bench/results")
     out.mkdir(parents=True, exist_ok=True)
     said, failed = [], False
-    for name in args.questions or QUESTIONS:
-        for part in QUESTIONS[name][1]:
-            if (part.quick if args.quick else part.full) is None:
-                continue
-            line, wrong = run(name, part, args, out)
-            said.append(line)
-            failed |= wrong
+    for name, part in asked(args.questions or list(QUESTIONS)):
+        if (part.quick if args.quick else part.full) is None:
+            continue
+        line, wrong = run(name, part, args, out)
+        said.append(line)
+        failed |= wrong
     print("\n".join(["", "| question | script | | seconds | result |", "|---|---|---|---|---|", *said]))
     return 1 if failed else 0
+
+
+def asked(names: Sequence[str]) -> list[tuple[str, Part]]:
+    """The questions' parts, each once, in the order of the names."""
+    every = [(name, part) for name, (_, parts) in QUESTIONS.items() for part in parts]
+    return list(
+        dict.fromkeys(
+            (name, part)
+            for one in names
+            for name, part in every
+            if name == one or (one == PEERS and "--peers" in (part.full or "").split())
+        )
+    )
 
 
 def run(name: str, part: Part, args: argparse.Namespace, out: Path) -> tuple[str, bool]:

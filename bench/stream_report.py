@@ -11,6 +11,7 @@ __all__ = [
     "command",
     "criteria",
     "environment",
+    "label",
     "markdown",
     "not_measured",
     "plain",
@@ -74,7 +75,7 @@ def criteria(
     cast = _speed(rows, "limit", "cast fp16 to fp32", threads=threads)
     default = _speed(rows, "ours", "default")
     peers = {
-        _label(entry): entry["gb_per_s"]["median"]
+        label(entry): entry["gb_per_s"]["median"]
         for entry in rows
         if entry["kind"] == "peer" and "gb_per_s" in entry
     }
@@ -123,7 +124,8 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 3)
 
 
-def _label(entry: Row) -> str:
+def label(entry: Row) -> str:
+    """Name and number of workers."""
     return f"{entry['name']}, {entry['workers']} workers" if entry.get("workers") else entry["name"]
 
 
@@ -138,7 +140,7 @@ def markdown(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for entry in result["rows"]:
-        name = {"limit": "limit: ", "ours": "**ours**: ", "peer": ""}[entry["kind"]] + _label(entry)
+        name = {"limit": "limit: ", "ours": "**ours**: ", "peer": ""}[entry["kind"]] + label(entry)
         if "gb_per_s" in entry:
             speed = entry["gb_per_s"]
             shown = f"{speed['median']:.2f} ({speed['min']:.2f} to {speed['max']:.2f})"
