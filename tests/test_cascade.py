@@ -6,6 +6,7 @@ import pytest
 
 from attr_engine import Attribution, UserError, attribute
 from attr_engine.index import Index, IndexSettings, build_index
+from attr_engine.race import Race
 
 OPTIONS = {"functions": ("displacement", "influence"), "steps": 1, "rows": 1, "rescore": 3}
 
@@ -63,18 +64,26 @@ def test_more_candidates_than_tracks_are_all_tracks(setting, tmp_path):
         )
 
 
-def test_candidates_may_race(setting, tmp_path):
+def test_candidates_may_race(setting, tmp_path, monkeypatch):
+    undecided = Race.undecided
+    decided = []
+
+    def first_round_decides_nothing(self, means, errors, draws, reference):
+        decided.append(undecided(self, means, errors, draws, reference))
+        return np.where(np.isfinite(decided[-1]) & (draws == 2), 0.0, decided[-1])
+
+    monkeypatch.setattr(Race, "undecided", first_round_decides_nothing)
     race = {
         "top": 1,
         "race_draws": 2,
         "score_draws": 16,
         "race_share": 1.0,
-        "confidence": 0.999,
         "rescore": 4,
         "plan": "track",
     }
     found = go(setting, tmp_path / "a", functions=("displacement",), **race)
-    assert ((found.draws == 0).sum(axis=1) == 2).all() and found.draws.max() > 2
+    assert ((found.draws == 0).sum(axis=1) == 2).all() and found.draws[found.draws > 0].min() == 4
+    assert all((~np.isfinite(near)).sum() >= 2 for near in decided)  # what is no candidate takes no part
     assert np.array_equal(np.isnan(found.values["displacement"]), found.draws == 0)
 
 

@@ -101,23 +101,26 @@ def test_a_weight_is_projected_on_both_sides_and_a_vector_on_one(kind, setting, 
     assert naive.relative_error(found[0], torch.cat(expected)) < 1e-9
 
 
-def test_inner_products_are_kept_in_expectation(setting):
+def test_inner_products_are_kept_in_expectation(setting, seed):
     model, tracks, _ = setting
-    parameters = select_parameters(model, ("cross_attn",))
+    parameters = select_parameters(model, ("*.layers.0.cross_attn.to_kv.*",))
     batch, plan = tracks.batch([0, 1], model.frames), DrawPlan(0, replicates=2)
+    identity = Projector(parameters, "identity", 10**6, 0)
+    whole = track_features(model, parameters, batch, plan, "score", 2, False, identity, averaging="plain")
+    products, rank, count, (name,) = (whole @ whole.T).numpy(), 3, 600, parameters
 
-    def gram(kind, rank, seed):
+    def gram(kind, seed):
         projector = Projector(parameters, kind, rank, seed)
-        features = track_features(
-            model, parameters, batch, plan, "score", 2, False, projector, averaging="plain"
-        )
+        features = torch.zeros(2, projector.width, dtype=whole.dtype)
+        projector.add(features, name, whole)
         return (features @ features.T).numpy()
 
-    whole = gram("identity", 10**6, 0)
+    # E |P G Q^T|^4 <= (1 + 2 / rank)^2 |G|^4: as much where G has rank 1 and the entries are gaussian.
+    lengths = np.sqrt(np.diag(products))
+    deviation = (1 + 2 / rank) * np.outer(lengths, lengths) / np.sqrt(count)
     for kind in ("gaussian", "rademacher"):
-        some = np.array([gram(kind, 3, seed) for seed in range(150)])
-        error = some.std(axis=0) / np.sqrt(len(some))
-        assert (np.abs(some.mean(axis=0) - whole) < 5 * error).all()
+        mean = np.mean([gram(kind, seed + n) for n in range(count)], axis=0)
+        assert (np.abs(mean - products) < 7 * deviation).all()
 
 
 @pytest.mark.parametrize("normalised", [False, True])

@@ -74,15 +74,20 @@ def recall(means, levels, k):
 
 
 def test_a_race_finds_nearly_what_all_draws_would_at_a_small_part_of_them(rng):
-    """Scores of many levels, noise of half their spread: averaged over ten races, so that no single border decides."""
-    race, found, exhaustive = Race(20, 0.95, 256, 0.1), [], []
-    for _ in range(10):
+    """Scores of many levels, noise of half their spread: averaged over many races, so that no single border decides.
+
+    In 600 races, found less 0.97 of exhaustive was 0.029 with a deviation of 0.036: seven deviations of the mean of 80. One race in a
+    hundred was decided by 64 draws.
+    """
+    race, found, exhaustive, most = Race(20, 0.95, 256, 0.1), [], [], []
+    for _ in range(80):
         levels = rng.gamma(2.0, size=1000)
         means, draws, _ = run(rng, race, levels, 1.0)
-        assert draws.sum() <= 0.1 * 256 * 1000 and draws.min() == 4 and draws.max() > 32
+        assert draws.sum() <= 0.1 * 256 * 1000 and draws.min() == 4
+        most.append(draws.max())
         found.append(recall(means, levels, 20))
         exhaustive.append(recall(levels + rng.normal(size=1000) / 16, levels, 20))
-    assert np.mean(found) > 0.97 * np.mean(exhaustive)
+    assert np.mean(found) > 0.97 * np.mean(exhaustive) and np.mean(most) > 128
 
 
 def test_without_noise_nobody_gets_a_second_round(rng):
@@ -148,15 +153,19 @@ def test_updates_that_are_measured_together_share_their_draws(rng):
 
 
 def test_what_draws_do_to_all_tracks_alike_does_not_disturb_a_race(rng):
-    """Shared noise a hundred times as large as what tells the tracks apart; plain means of other draws are then worthless."""
-    race, found, plain = Race(20, 0.95, 256, 0.1), [], []
-    for _ in range(5):
+    """Shared noise a hundred times as large as what tells the tracks apart; plain means of other draws are then worthless.
+
+    In 300 races, 0.971 were found with a deviation of 0.031, and 0.36 with one of 0.16 by plain means: of the means of 10, 0.9 is
+    seven deviations away.
+    """
+    race, found, plain, most = Race(20, 0.95, 256, 0.1), [], [], []
+    for _ in range(10):
         levels = rng.gamma(2.0, size=1000)
         scores, draws, means = run(rng, race, levels, 1.0, shared=100.0)
-        assert draws.max() > 32
+        most.append(draws.max())
         found.append(recall(scores, levels, 20))
         plain.append(recall(means, levels, 20))
-    assert np.mean(found) > 0.9 > np.mean(plain)
+    assert np.mean(found) > 0.9 > np.mean(plain) and np.mean(most) > 128
 
 
 def test_scores_that_are_of_the_same_draws_are_not_adjusted(rng):

@@ -3,9 +3,9 @@
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -66,19 +66,25 @@ def test_a_difference_or_work_done_twice_does_not_pass(kills, tmp_path):
 
 
 def test_a_kill_that_comes_too_late_does_not_count_and_a_failure_is_told(kills, tmp_path, monkeypatch):
+    begun = []
+
     def start(kind, out, seed, rank, world):
+        """A process that ends at once; of the first two jobs ``stays``, that of rank 1 stays until it is killed."""
+        begun.append((kind, rank))
         pid = os.fork()
         if pid == 0:
-            time.sleep(0.2)
+            if kind == "stays" and rank == 1 and begun.count(("stays", 1)) == 1:
+                signal.pause()
             os._exit(3 if kind == "fails" else 0)
         return pid
 
     monkeypatch.setattr(kills, "start", start)
-    late = kills.play("run", tmp_path / "x", 0, 2, iter([(5.0, [0, 1])]).__next__)
+    late = kills.play("run", tmp_path / "x", 0, 2, iter([(60.0, [0, 1])]).__next__)
     assert late["kills"] == [] and late["error"] == ""
     plan = iter([(0.05, [1]), None])
-    hit = kills.play("run", tmp_path / "x", 0, 2, lambda: next(plan))
+    hit = kills.play("stays", tmp_path / "x", 0, 2, lambda: next(plan))
     assert [kill["killed"] for kill in hit["kills"]] == [1] and hit["error"] == ""
     assert "exit code 3" in kills.play("fails", tmp_path / "x", 0, 2, lambda: None)["error"]
     monkeypatch.setattr(kills, "PATIENCE", 0.05)
-    assert "did not end" in kills.play("run", tmp_path / "x", 0, 1, lambda: None)["error"]
+    begun.clear()
+    assert "did not end" in kills.play("stays", tmp_path / "x", 0, 2, lambda: None)["error"]

@@ -172,10 +172,11 @@ def test_a_model_that_knows_its_tracks_forgets_to_first_order(model, rng):
         optimizer.step()
     assert track_losses(loss, range(4)).max() < loss.ceiling
     length = norm(mean_gradient(loss, [0, 2], 1))
-    settings = ForgetSettings(steps=1, lr=1e-4 / length**2, optimizer="sgd", rows=2)
+    # Half the curvature times (lr length)^2 is left out: little even where it is 1e6 times the squared gradient of what was learned.
+    settings = ForgetSettings(steps=1, lr=1e-8 / length**2, optimizer="sgd", rows=2)
     done = forget(loss, [0, 2], settings)
     rise = done.means()["forget"]["after"] - done.means()["forget"]["before"]
-    assert rise == pytest.approx(1e-4, rel=0.05)
+    assert rise == pytest.approx(1e-8, rel=0.05)
 
 
 def test_unlearning_a_training_track_raises_its_own_loss_and_leaves_the_weights(model, rng):
