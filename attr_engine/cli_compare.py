@@ -1,4 +1,4 @@
-"""``attr-engine compare``: any set of methods on the same queries, in one table, with both of the paper's figures."""
+"""``attr-engine compare``: any set of methods on the same queries, in one table, with both of the paper's figures, and on one page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from attr_engine.errors import UserError
 
 NOT_USED = (
     "functions", "strengths", "strengths_by", "unit", "groups", "top", "race_draws", "confidence", "race_share", "index", "rescore",
-    "show", "shares", "controls", "false_accepts", "title", "keep_updates", "cache", "damping", "ridge", "projection_rank",
+    "shares", "controls", "false_accepts", "keep_updates", "cache", "damping", "ridge", "projection_rank",
 )  # fmt: skip
 
 
@@ -27,8 +27,10 @@ def add_compare(commands: Any) -> argparse.ArgumentParser:
   attr-engine compare ... --retrained retrained --where part=judge --out compared      # with LDS and removal
   attr-engine retrain ... --remove compared/methods/*/scores.parquet                   # removal for each method
 
-Written are methods.md and .json (the table of all methods, and every table behind it), figure1 and figure2, and a folder a method
-with scores.parquet. A method that is there is not asked again; stopped at any moment, the same command carries on.
+Written are methods.md and .json (the table of all methods, and every table behind it), figure1 and figure2, methods.html, and a folder
+a method with scores.parquet. methods.html has the tables and figures on one page, and for each query the first tracks (--show) of every
+method side by side, with players: those that several methods agree on are marked. A method that is there is not asked again; stopped
+at any moment, the same command carries on.
 """)  # fmt: skip
     p.add_argument("--methods", nargs="+", default=[], metavar="NAME[:OPTION=VALUE,...]",
                    help="methods, the first one is what the others are compared with (default: all that need no further file)")  # fmt: skip
@@ -38,6 +40,15 @@ with scores.parquet. A method that is there is not asked again; stopped at any m
     p.add_argument("--retrained", default="", metavar="FOLDER", help="what attr-engine retrain wrote")
     p.add_argument("--where", default="", metavar="COLUMN=VALUE",
                    help="only queries whose metadata say so, and training tracks")  # fmt: skip
+    p.add_argument(
+        "--show-queries",
+        type=int,
+        default=50,
+        metavar="N",
+        help="queries on the page, the first ones (default: 50)",
+    )
+    p.add_argument("--players", type=int, default=3, metavar="N",
+                   help="tracks of every method and query that the page plays (default: 3; 0: no sound at all)")  # fmt: skip
     p.add_argument("--no-figures", action="store_true", help="without figures, which need matplotlib")
     return p
 
@@ -51,6 +62,7 @@ def compare(args: argparse.Namespace) -> None:
     from attr_engine.cli_judge import only_where
     from attr_engine.cli_options import settings_of
     from attr_engine.compare import Answer, ask, base_losses, folder_of, judged, without_needs
+    from attr_engine.compare_report import write_page
     from attr_engine.counterfactuals import Truth
     from attr_engine.files import write_json, write_text
     from attr_engine.jobs import make_queries
@@ -61,6 +73,8 @@ def compare(args: argparse.Namespace) -> None:
 
     if not args.out:
         raise UserError("say with --out where the comparison is to be written")
+    if min(args.show_queries, args.players) < 0:
+        raise UserError(f"--show-queries {args.show_queries} --players {args.players}: use 0 or more of each")
     out, s = Path(args.out), settings_of(args)
     names = list(dict.fromkeys(args.methods or without_needs()))
     for name in names:
@@ -94,6 +108,21 @@ def compare(args: argparse.Namespace) -> None:
     written = [out / "methods.md", out / "methods.json"]
     if not args.no_figures:
         written += figures.draw(case.methods, out)
+    written.append(
+        write_page(
+            out,
+            case,
+            answers,
+            found,
+            model,
+            s,
+            failed,
+            args.show_queries,
+            args.players,
+            not args.no_figures,
+            progress.bar,
+        )
+    )
     print("written: " + ", ".join(map(str, written)))
     if failed:
         raise UserError(

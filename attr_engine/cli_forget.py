@@ -56,7 +56,7 @@ model holds nothing of a track any more: the truth is a model that was trained w
             options |= {"type": type(value)}
         if spec.name == "method":
             options["choices"] = tuple(DEFAULTS)
-        if value != ():
+        if value not in ((), ""):
             shown = " ".join(value) if isinstance(value, tuple) else options["default"]
             options["help"] += f" (default: {shown})"
         p.add_argument(flag, **options)

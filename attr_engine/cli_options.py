@@ -369,7 +369,7 @@ def print_top(job: Job, result: Attribution, k: int = 3) -> None:
         f"top {k} of {len(result.tracks)} {what} by {s.functions[0]} at {s.unit} {s.strengths[0]:g} (score, standard error, known relation)"
     )
     if job.pieces is None:
-        queries = [(q.id, q.kind, relatives(job, q)) for q in job.queries]
+        queries = [(q.id, q.kind, relatives(job.tracks, q)) for q in job.queries]
     else:
         queries = [(name, "query", {}) for name in job.pieces.ids]
     updates = result.meta.get("updates", [])

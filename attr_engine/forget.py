@@ -29,6 +29,7 @@ from attr_engine.judge import bootstrap
 from attr_engine.latents.batch import Chosen, Tracks, check_tracks
 from attr_engine.methods.ascent import ascend, relabelled
 from attr_engine.methods.base import model_key, no_progress
+from attr_engine.methods.clap import PromptScores
 from attr_engine.methods.mucs import Mirroring, mirrored
 from attr_engine.methods.unlearner import Outcome, null_loss, training_plan
 from attr_engine.models.checkpoint import read_json
@@ -122,9 +123,11 @@ class Forgetting:
                 )
             both = {"forget": self.chosen, "remain": self.kept}
             self.prompts = {name: self._prompts(which, rng) for name, which in both.items()}
+        self.clap = self._prompt_scores() if h.clap else None
+        unused = () if h.clap else ("clap", "text")
         self.key = key_of(
             model_key(model), tracks.fingerprint, self.chosen, None if held_out is None else held_out.fingerprint,
-            {n: v for n, v in asdict(h).items() if n not in ("strengths", "checkpoints", "rows")},
+            {n: v for n, v in asdict(h).items() if n not in ("strengths", "checkpoints", "rows", *unused)},
         )  # fmt: skip
 
     def _check(self, held_out: Tracks | None) -> None:
@@ -172,6 +175,19 @@ class Forgetting:
             )
         if h.pieces and not hasattr(model, "sample"):
             raise UserError("the model has no sampler: ask for no pieces (--pieces 0)")
+
+    def _prompt_scores(self) -> PromptScores:
+        model, h = self.model, self.how
+        if not h.pieces:
+            raise UserError(
+                "a CLAP score is of generated pieces: ask for some (--pieces), or leave --clap out"
+            )
+        if not hasattr(model, "decode") or getattr(model, "pretransform", model) is None:
+            raise UserError("the model has no autoencoder, so its pieces cannot be heard: leave --clap out")
+        device = str(next(model.module.parameters()).device)
+        return PromptScores(
+            h.clap, self.prompts, h.text, model.decode, int(getattr(model, "sample_rate", 0)), device
+        )
 
     def _prompts(self, which: Sequence[int], rng: np.random.Generator) -> list[Mapping[str, Any]]:
         count = self.how.pieces
@@ -304,16 +320,20 @@ class Forgetting:
         return {**row, **self._generated(what)}
 
     def _generated(self, what: str) -> dict[str, Any]:
-        """Similarity of pieces to what is forgotten, and the Frechet distance of the others from what remains."""
+        """Similarity of pieces to what is forgotten and to their prompts, and the Frechet distance of the others from what remains."""
         of, h = self.embedding, self.how
         if of is None:
             return {}
         show, row, values = self.progress(f"pieces, {what}", "set"), dict[str, Any](), {}
         for done, (name, prompts) in enumerate(self.prompts.items()):
             show(done, len(self.prompts))
-            values[name] = embedded(pieces(self.model, prompts, h.seed, h.sampler_steps, h.guidance), of)
+            made = pieces(self.model, prompts, h.seed, h.sampler_steps, h.guidance)
+            values[name] = embedded(made, of)
             near = nearest(values[name], of.values[self.chosen])
             row[f"similarity_{name}"] = interval(near) if np.isfinite(near).all() else None
+            if self.clap is not None:
+                heard = self.clap(name, made)
+                row[f"clap_{name}"] = None if heard is None else interval(heard)
         show(len(self.prompts), len(self.prompts))
         distance = frechet_distance(values["remain"], of.values[self.kept])
         return {**row, "frechet": distance if math.isfinite(distance) else None}

@@ -16,7 +16,8 @@ _UNITS = {"fisher": "size", "ascent": "size", "mucs": "part of L_null", "relabel
 _TITLES = {
     "forget": "loss, forgotten", "forget_change": "change", "remain": "loss, remaining", "remain_change": "change",
     "held_out": "loss, held out", "held_out_change": "change", "similarity_forget": "similarity, their prompts",
-    "similarity_remain": "similarity, other prompts", "frechet": "Frechet distance",
+    "similarity_remain": "similarity, other prompts", "clap_forget": "CLAP score, their prompts",
+    "clap_remain": "CLAP score, other prompts", "frechet": "Frechet distance",
 }  # fmt: skip
 _ENDS = ("", "_low", "_high")
 
@@ -96,6 +97,12 @@ def markdown(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any], method
             f"Similarity: largest cosine of a generated piece with a forgotten track in {s['embedding']}, mean over {s['pieces']} pieces "
             "from prompts of forgotten tracks, and of others. Frechet distance: of the latter from the remaining tracks. The same "
             "prompts and noise for every model; so few pieces make it too large: compare it with the first row only.",
+        ]
+        lines += [
+            f"CLAP score: cosine of a piece's audio and the text that it was generated from (conditioning {s['text']!r}) by {s['clap']!r}, "
+            "mean over the same pieces."
+            if s["clap"]
+            else "No CLAP score: no checkpoint was named (--clap FOLDER).",
         ]
     if about["done"] < about["strengths"]:
         lines += [f"So far {about['done']} of {about['strengths']} strengths."]

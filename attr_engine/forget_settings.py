@@ -45,6 +45,10 @@ class Removal:
     sampler_steps: int = _option(50, "of the pieces")
     guidance: float = _option(3.0, "classifier-free guidance of the pieces")
     embedding: str = _option("latent-statistics", "in which pieces and tracks are compared")
+    clap: str = _option(
+        "", "folder of CLAP as transformers has it: the CLAP score of the pieces and their prompts"
+    )
+    text: str = _option("prompt", "conditioning that holds the text of a prompt, for --clap")
     checkpoints: bool = _option(True, "write a model folder for every strength")
     seed: int = _option(0, "of all draws, batches, labels and pieces")
     rows: int = _option(16, "rows a pass")

@@ -56,8 +56,8 @@ def main() -> int:
     if args.removals and not retrained:
         raise SystemExit("--removals needs --retrained: the folder where models are kept")
     world = ["--model", model, "--data", data, "--queries", *queries]
-    compare = ["compare", "--methods", *args.methods, *world, *more, "--score-draws", args.draws, "--threads", args.threads, "--out",
-               args.out]  # fmt: skip
+    compare = ["compare", "--methods", *args.methods, *world, *more, "--score-draws", args.draws, "--threads", args.threads,
+               "--players", 0, "--out", args.out]  # fmt: skip
     if args.removals:
         attr_engine(compare)
         found = args.out / "methods"

@@ -1,9 +1,11 @@
 """Methods side by side: what each said is what is judged, nothing is asked twice, and costs are told."""
 
 import json
+import re
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers import ToyDenoiser, make_tracks
@@ -148,6 +150,13 @@ def test_the_command_compares_judges_and_draws(tmp_path, rng, capsys):
     tables = json.loads((tmp_path / "out" / "methods.json").read_text())
     assert [row[0] for row in tables[0]["rows"]][:2] == ["ridge", "skew:strength=0.1"]
     assert (tmp_path / "out" / "figure2.png").stat().st_size > 1000
+    page = (tmp_path / "out" / "methods.html").read_text()
+    assert page.count("data:image/svg+xml;base64,") == 2 and page.count('<table class="grid">') == 4
+    assert all(f"<bdi>{row[0]}</bdi>" in page for row in tables[0]["rows"])
+    rows = pq.read_table(tmp_path / "out" / "methods" / "ridge" / "scores.parquet").to_pylist()
+    best = max((r for r in rows if r["query"] == "q0"), key=lambda r: r["score"])
+    first = re.search(r'scope="row" class="rank">1</th><td class="track">(.*?)</td>', page)[1]
+    assert f"<bdi>{best['track']}</bdi>" in first and f'value="{best["score"]!r}"' in first
     scored = tmp_path / "out" / "methods" / folder_of("ridge") / "scores.parquet"
     assert main(["evaluate", str(scored), "--out", str(tmp_path / "judged")]) == 0
     before = scored.stat().st_mtime_ns
@@ -159,6 +168,8 @@ def test_the_command_compares_judges_and_draws(tmp_path, rng, capsys):
     )  # the target is left
     assert main([*call[:-2], "--out", str(tmp_path / "other"), "--update-draws", "3"]) == 2
     assert "no method could be asked" in capsys.readouterr().err
+    assert main([*call, "--players", "-1"]) == 2
+    assert "--players -1: use 0 or more" in capsys.readouterr().err
 
 
 def test_a_call_that_was_cut_off_after_the_scores_counts_as_whole(place, tmp_path):

@@ -4,17 +4,22 @@ import csv
 import json
 from dataclasses import replace
 
+import claps
 import helpers
 import naive
 import numpy as np
 import pytest
+import torch
 import unlearning
 
 from attr_engine import DrawPlan, Settings, UserError, attribute, fit_fisher, unlearn_query
 from attr_engine.forget import Forgetting, by_ids, by_value, forget
 from attr_engine.forget_settings import DEFAULTS, Removal
+from attr_engine.frechet import pieces
 from attr_engine.methods import ascent, mucs
+from attr_engine.methods.clap import text_audio_scores
 from attr_engine.retrain import JUDGE_SEED
+from attr_engine.updates import applied
 
 QUICK = Removal(
     layers=("transformer",), draws=3, update_draws=4, fisher_draws=4, batch=3, pieces=0, checkpoints=False, rows=4
@@ -175,3 +180,97 @@ def test_any_column_of_the_metadata_makes_groups(world, tmp_path, column):
     expected = (effects["unlearned"] - effects["base"]).mean(axis=1)
     found = [result.values["loss_change"][result.row(q)][1] for q in queries.ids]
     assert naive.relative_error(found, expected) < 1e-6
+
+
+class Heard(helpers.ToyDenoiser):
+    """A toy that samples and decodes: pieces and their sound follow from the weights, the prompt and the seed."""
+
+    sample_rate, samples_per_frame = 16000, 1600
+
+    def sample(self, items, seed, steps=50, guidance=1.0):
+        size = float(sum(p.detach().abs().sum() for p in self.module.parameters()))
+        rows = []
+        for k, item in enumerate(items):
+            noise = torch.Generator().manual_seed(seed * 1000 + k + len(item["prompt"]))
+            rows.append(torch.randn(self.channels, self.frames, generator=noise) * (1 + size % 1))
+        return torch.stack(rows)
+
+    def decode(self, latents):
+        return latents.float().repeat_interleave(self.samples_per_frame, dim=-1).tanh()[:, :2]
+
+
+@pytest.fixture
+def told(seed, rng):
+    """Tracks with a text each."""
+    tracks = helpers.make_tracks(rng, 6, 3, 10)
+    for i, row in enumerate(tracks.conditioning):
+        row["prompt"] = ("slow piano", "loud drums", "slow drums loud")[i % 3]
+    return Heard(seed), tracks
+
+
+def test_the_clap_score_is_that_of_pieces_and_their_prompts(told, tmp_path, seed):
+    soxr, (model, tracks) = pytest.importorskip("soxr"), told
+    claps.clap_folder(tmp_path / "clap", seed, tokenizer=True)
+    how = replace(QUICK, pieces=3, strengths=(0.3,), sampler_steps=2, clap=str(tmp_path / "clap"), seed=seed)
+    forgetting = Forgetting(model, tracks, [1, 4], tmp_path / "out", how)
+    rows = forgetting.run()
+
+    def plain(name):
+        scores = []
+        for prompt, piece in zip(
+            forgetting.prompts[name],
+            pieces(model, forgetting.prompts[name], seed, 2, how.guidance),
+            strict=True,
+        ):
+            sound = model.decode(torch.from_numpy(piece)[None])[0].mean(dim=0).numpy()
+            audio = soxr.resample(sound, 16000, 48000)
+            scores.append(text_audio_scores(tmp_path / "clap", [audio], [prompt["prompt"]])[0, 0])
+        return np.array(scores)
+
+    for name in ("forget", "remain"):
+        scores = plain(name)
+        assert {p["prompt"] for p in forgetting.prompts["forget"]} == {"loud drums"}
+        assert rows[0][f"clap_{name}"][0] == pytest.approx(scores.mean(), abs=1e-6)
+        assert rows[0][f"clap_{name}"][1] <= scores.mean() <= rows[0][f"clap_{name}"][2]
+        with applied(model, forgetting._unlearn(0.3).delta):
+            assert rows[1][f"clap_{name}"][0] == pytest.approx(plain(name).mean(), abs=1e-6)
+        assert rows[0][f"clap_{name}"][0] != rows[1][f"clap_{name}"][0]
+    table = list(csv.DictReader((tmp_path / "out" / "forget.csv").open()))
+    assert float(table[1]["clap_remain"]) == rows[1]["clap_remain"][0]
+    text = (tmp_path / "out" / "forget.md").read_text()
+    assert "CLAP score, their prompts" in text and "(conditioning 'prompt')" in text
+
+
+def test_without_clap_the_report_says_so_and_the_folder_is_the_old_one(told, tmp_path):
+    model, tracks = told
+    how = replace(QUICK, pieces=2, sampler_steps=2, strengths=(0.1,))
+    first = Forgetting(model, tracks, [1], tmp_path / "out", how)
+    rows = first.run()
+    assert not [name for name in rows[0] if name.startswith("clap")]
+    assert "No CLAP score: no checkpoint was named (--clap FOLDER)" in (tmp_path / "out" / "forget.md").read_text()  # fmt: skip
+    assert Forgetting(model, tracks, [1], tmp_path / "out", replace(how, text="caption")).key == first.key
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text": "caption"}, "no text 'caption' in its conditioning .there is .*'prompt'"),
+        ({"clap": "nowhere"}, "checkpoint nowhere of clap does not exist: get "),
+        ({"clap": "file"}, "is no folder: a CLAP score needs the text encoder"),
+        ({"clap": "mute"}, "holds no tokenizer"),
+        ({"pieces": 0}, "a CLAP score is of generated pieces"),
+    ],
+)
+def test_a_clap_score_that_cannot_be_had_is_said_first(told, tmp_path, seed, monkeypatch, changes, message):
+    model, tracks = told
+    monkeypatch.chdir(tmp_path)
+    claps.clap_folder(tmp_path / "clap", seed, tokenizer=True)
+    claps.clap_folder(tmp_path / "mute", seed)
+    (tmp_path / "file").write_bytes(b"x")
+    how = replace(QUICK, pieces=2, clap="clap")
+    with pytest.raises(UserError, match=message):
+        Forgetting(model, tracks, [1], tmp_path / "out", replace(how, **changes))
+    assert not (tmp_path / "out").exists()
+    monkeypatch.delattr(Heard, "decode")
+    with pytest.raises(UserError, match="no autoencoder"):
+        Forgetting(model, tracks, [1], tmp_path / "out", how)

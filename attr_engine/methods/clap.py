@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -192,6 +192,20 @@ class TransformersClap:
         found = self.module.get_text_features(tokens["input_ids"], attention_mask=tokens["attention_mask"])
         return found.pooler_output
 
+    def sounds(self, audio: Sequence[np.ndarray]) -> np.ndarray:
+        """Means ``[n, E]`` float64 of the unit vectors of each piece's windows.
+
+        Args:
+            audio: one channel each, float32 ``[n]`` at 48 kHz; longer ones are cut into windows of ten seconds, of which the last
+                ends where the audio ends.
+        """
+        embedder, size, out = self.embedder, self.extractor.nb_max_samples, []
+        for x in audio:
+            starts = [*range(0, len(x) - size, size), max(0, len(x) - size)]
+            vectors = embedder.embed(np.stack([x[s : s + size] for s in starts])).astype(np.float64)
+            out.append(vectors.mean(axis=0))
+        return np.stack(out)
+
     @property
     def embedder(self) -> TorchEmbedder:
         """Embeds windows."""
@@ -223,15 +237,64 @@ def text_audio_scores(
     if not len(audio) or not len(texts) or any(x.ndim != 1 or not len(x) for x in audio):
         raise UserError("CLAP scores need at least one text, and audio [n] with at least one sample")
     clap = TransformersClap(_SOURCE.path(str(folder)), device)
-    embedder, size = clap.embedder, clap.extractor.nb_max_samples
     with torch.inference_mode():
         wanted = clap.texts(texts).cpu().numpy().astype(np.float64)
-    out = np.empty((len(audio), len(texts)))
-    for i, x in enumerate(audio):
-        starts = [*range(0, len(x) - size, size), max(0, len(x) - size)]
-        vectors = embedder.embed(np.stack([x[s : s + size] for s in starts])).astype(np.float64)
-        out[i] = (vectors @ wanted.T).mean(axis=0)
-    return out
+    return np.asarray(clap.sounds(audio) @ wanted.T)
+
+
+class PromptScores:
+    """The CLAP score of generated pieces: the cosine of each one's audio and the text that it was generated from.
+
+    Args:
+        folder: as of :func:`text_audio_scores`.
+        prompts: sets of conditioning, by name.
+        text: the entry of a conditioning that holds the text.
+        decode: audio ``[B, channels, samples]`` of latents ``[B, C, n]``.
+        rate: of that audio, in Hz.
+        device: torch device.
+
+    Raises:
+        UserError: see :class:`TransformersClap`; nothing at ``folder``, or a prompt without text.
+    """
+
+    def __init__(
+        self, folder: str | Path, prompts: Mapping[str, Sequence[Mapping[str, Any]]], text: str,
+        decode: Callable[[Tensor], Tensor], rate: int, device: str = "cpu",
+    ) -> None:  # fmt: skip
+        for row in (row for rows in prompts.values() for row in rows):
+            if not isinstance(row.get(text), str) or not row[text].strip():
+                raise UserError(
+                    f"a CLAP score compares pieces with the texts that they were generated from, and a track has no text {text!r} in its "
+                    f"conditioning (there is {', '.join(map(repr, row)) or 'nothing'}): name another --text, or leave --clap out"
+                )
+        try:
+            import soxr
+        except ImportError as error:
+            raise UserError(f"a CLAP score needs soxr ({error}): pip install 'attr-engine[audio]'") from error
+        path = _SOURCE.path(str(folder))
+        if not path.is_dir():
+            raise UserError(
+                f"{path} is no folder: a CLAP score needs the text encoder and the tokenizer of a folder of transformers, such as "
+                "laion/larger_clap_music"
+            )
+        self._clap, self._decode, self._rate = TransformersClap(path, device), decode, rate
+        self._resample = soxr.resample
+        with torch.inference_mode():
+            self._texts = {
+                name: self._clap.texts([row[text] for row in rows]).cpu().numpy().astype(np.float64)
+                for name, rows in prompts.items()
+            }
+
+    def __call__(self, name: str, made: Sequence[np.ndarray]) -> np.ndarray | None:
+        """Scores ``[n]`` float64 of latents ``[C, n]``, one a prompt of the set; None where some audio is not finite."""
+        audio, wanted = [], self._clap.extractor.sampling_rate
+        for x in made:
+            with torch.no_grad():
+                sound = self._decode(torch.from_numpy(x)[None])[0].mean(dim=0).detach().cpu().numpy()
+            if not np.isfinite(sound).all():
+                return None
+            audio.append(self._resample(sound.astype(np.float32), self._rate, wanted))
+        return np.asarray((self._clap.sounds(audio) * self._texts[name]).sum(axis=1))
 
 
 @method(

@@ -42,7 +42,8 @@ _MAX_CURVE = 240
 _CONTROL_ROWS = 5
 
 
-def _track_info(tracks: Tracks, index: int, clip: Clip | None) -> TrackInfo:
+def track_info(tracks: Tracks, index: int, clip: Clip | None) -> TrackInfo:
+    """A track as its metadata describe it."""
     info = tracks.info[index]
     title, parent, start = text_of(info, "title"), text_of(info, "parent"), number_of(info, "start") or 0.0
     return TrackInfo(
@@ -55,6 +56,7 @@ def _track_info(tracks: Tracks, index: int, clip: Clip | None) -> TrackInfo:
         start=start,
         parent=parent,
         clip=clip,
+        owner=text_of(info, "owner"),
     )
 
 
@@ -137,7 +139,7 @@ def _section(
     refuse: Controls | None,
 ) -> QuerySection:
     s, query = job.run.settings, job.queries[q]
-    hits, rankings = relatives(job, query), []
+    hits, rankings = relatives(job.tracks, query), []
     for function, strength in rankings_of(s):
         u, text = result.row(query.id, strength), strength_text(job, strength, function)
         lead = function == s.functions[0] and strength == s.strengths[0]
@@ -175,7 +177,7 @@ def _section(
             f"this query is held out; it is {relation}"
             + ("" if hits else ": no training track is a relative")
         )
-    info = _track_info(query.tracks, query.index, sound.clip(query.tracks, query.index))
+    info = track_info(query.tracks, query.index, sound.clip(query.tracks, query.index))
     return QuerySection(info, query.kind, rankings, notes)
 
 
@@ -225,7 +227,7 @@ def build_report(job: Job, result: Attribution, warnings: Sequence[str] = (), su
     where = {name: i for i, name in enumerate(job.tracks.ids)}
     heard = {row.track for section in sections for ranking in section.rankings[:1] for row in ranking.rows}
     infos = {
-        t: _track_info(job.tracks, where[t], sound.clip(job.tracks, where[t]) if t in heard else None)
+        t: track_info(job.tracks, where[t], sound.clip(job.tracks, where[t]) if t in heard else None)
         for t in sorted(shown)
     }
     tables = result_tables(job, result, controls)

@@ -45,6 +45,7 @@ class TrackInfo:
         start: where this window starts in ``parent``, in seconds.
         parent: id of the longer recording of which this is a window, "" if it is none.
         clip: its audio from start to end; None is shown as "no audio".
+        owner: whose it is, shown as text; "" if unknown.
     """
 
     id: str
@@ -56,6 +57,7 @@ class TrackInfo:
     start: float = 0.0
     parent: str = ""
     clip: Clip | None = None
+    owner: str = ""
 
 
 @dataclass(frozen=True)

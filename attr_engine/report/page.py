@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -106,18 +106,45 @@ def write_report(data: ReportData, path: Path) -> None:
 def page_parts(data: ReportData) -> Iterator[str]:
     """Yield the page piece by piece: with the audio of many tracks it need not lie in memory at once."""
     clips = ClipTable()
-    script = _asset("page.js")
-    yield _head(data, script)
-    yield _header(data)
-    yield '<div class="layout">\n'
-    yield _index(data)
-    yield '<main id="main">\n'
+    pages = [
+        ("overview", "Overview"),
+        *((f"table-{i}", t.title) for i, t in enumerate(data.tables)),
+        ("replay", "Replay this run"),
+    ]
+    queries = [(query.info.title or query.info.id, query.kind) for query in data.queries]
+    yield from framed(data.title, data.subtitle, pages, queries, _body(data, clips), clips)
+
+
+def _body(data: ReportData, clips: ClipTable) -> Iterator[str]:
     yield _overview(data)
     for number, table in enumerate(data.tables):
-        yield _table(table, number)
+        yield result_table(table, number)
     for number in range(len(data.queries)):
         yield from query_section(data, number, clips)
     yield _replay(data)
+
+
+def framed(
+    title: str, subtitle: str, pages: Sequence[tuple[str, str]], queries: Sequence[tuple[str, str]], body: Iterable[str],
+    clips: ClipTable,
+) -> Iterator[str]:  # fmt: skip
+    """Yield a whole page around its sections.
+
+    Args:
+        title: of the page, as ``subtitle``; escaped here.
+        subtitle: what it is about.
+        pages: (id, title) of the sections that the index names, without the queries.
+        queries: (title, kind) of the sections ``query-0``, ``query-1``, ...
+        body: HTML of the sections.
+        clips: filled while ``body`` is made.
+    """
+    script = _asset("page.js")
+    yield _head(title, script)
+    yield _header(title, subtitle)
+    yield '<div class="layout">\n'
+    yield _index(pages, queries)
+    yield '<main id="main">\n'
+    yield from body
     yield "</main></div>\n"
     yield '<svg class="symbols" aria-hidden="true">\n'
     yield from clips.symbols()
@@ -131,7 +158,7 @@ def _asset(name: str) -> str:
     return resources.files("attr_engine.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def _head(data: ReportData, script: str) -> str:
+def _head(title: str, script: str) -> str:
     """Return doctype and head: no source but this file, no script but ``script``."""
     digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
     policy = (
@@ -143,66 +170,65 @@ def _head(data: ReportData, script: str) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="referrer" content="no-referrer">\n<meta name="color-scheme" content="light dark">\n'
-        f"<title>{esc(data.title)}</title>\n<style>\n{_asset('page.css')}</style>\n</head>\n"
+        f"<title>{esc(title)}</title>\n<style>\n{_asset('page.css')}</style>\n</head>\n"
     )
 
 
-def _header(data: ReportData) -> str:
+def _header(title: str, subtitle: str) -> str:
     """Return title and subtitle."""
     return (
         '<body>\n<a class="skip" href="#main">Skip to the content</a>\n<header class="top">'
-        f"<h1>{bdi(data.title)}</h1><p>{bdi(data.subtitle, limit=PROSE_CHARACTERS)}</p></header>\n"
+        f"<h1>{bdi(title)}</h1><p>{bdi(subtitle, limit=PROSE_CHARACTERS)}</p></header>\n"
     )
 
 
-def _index(data: ReportData) -> str:
-    """Return the index: sections, and the queries with what is ranked first for each."""
-    links = ['<li><a href="#overview">Overview</a></li>']
-    links += [f'<li><a href="#table-{i}">{bdi(table.title)}</a></li>' for i, table in enumerate(data.tables)]
-    links.append('<li><a href="#replay">Replay this run</a></li>')
-    queries = "".join(
-        f'<li><a href="#query-{i}">{bdi(query.info.title or query.info.id)}'
-        f"<small>{bdi(query.kind)}</small></a></li>"
-        for i, query in enumerate(data.queries)
+def _index(pages: Sequence[tuple[str, str]], queries: Sequence[tuple[str, str]]) -> str:
+    """Return the index: sections, and the queries with their kinds."""
+    links = [f'<li><a href="#{anchor}">{bdi(title)}</a></li>' for anchor, title in pages]
+    listed = "".join(
+        f'<li><a href="#query-{i}">{bdi(title)}<small>{bdi(kind)}</small></a></li>'
+        for i, (title, kind) in enumerate(queries)
     )
     return (
         '<nav class="index" aria-label="Index"><div class="everywhere"></div>'
-        f'<ul class="pages">{"".join(links)}</ul><h2>Queries</h2><ol class="queries">{queries}</ol></nav>\n'
+        f'<ul class="pages">{"".join(links)}</ul><h2>Queries</h2><ol class="queries">{listed}</ol></nav>\n'
     )
 
 
 def _overview(data: ReportData) -> str:
-    """Return warnings, key facts and how to read the page."""
+    """Return warnings, key facts and how to read the page, with the formula of every share transform that is used in it."""
+    used = {ranking.share_transform for query in data.queries for ranking in query.rankings}
+    transforms = [
+        (f"Share: {name}", f"{TRANSFORMS[name].formula}. {TRANSFORMS[name].caveat}")
+        for name in sorted(used)
+        if name in TRANSFORMS
+    ]
+    return overview(data.warnings, data.summary, [*_READING, *transforms])
+
+
+def overview(
+    warnings: Sequence[str], summary: Sequence[tuple[str, str]], reading: Sequence[tuple[str, str]]
+) -> str:
+    """Return the first section: warnings, key facts, and how to read the page as (term, text)."""
     parts = ['<section id="overview" aria-label="Overview">\n']
-    if data.warnings:
-        items = "".join(f"<li>{bdi(text, limit=PROSE_CHARACTERS)}</li>" for text in data.warnings)
-        title = "Warning" if len(data.warnings) == 1 else "Warnings"
+    if warnings:
+        items = "".join(f"<li>{bdi(text, limit=PROSE_CHARACTERS)}</li>" for text in warnings)
+        title = "Warning" if len(warnings) == 1 else "Warnings"
         parts.append(f'<div class="warnings" role="note"><h2>{title}</h2><ul>{items}</ul></div>\n')
-    facts = "".join(f"<div><dt>{bdi(name)}</dt><dd>{bdi(value)}</dd></div>" for name, value in data.summary)
+    facts = "".join(f"<div><dt>{bdi(name)}</dt><dd>{bdi(value)}</dd></div>" for name, value in summary)
     parts.append(f'<dl class="tiles">{facts}</dl>\n')
     parts.append("<noscript><p>The players need JavaScript; everything else is here.</p></noscript>\n")
-    parts.append(f"{_reading(data)}</section>\n")
+    terms = "".join(
+        f"<div><dt>{esc(name)}</dt><dd>{esc(text, PROSE_CHARACTERS)}</dd></div>" for name, text in reading
+    )
+    parts.append(
+        f'<details class="reading" open><summary>How to read this</summary><dl>{terms}</dl></details>\n</section>\n'
+    )
     return "".join(parts)
 
 
-def _reading(data: ReportData) -> str:
-    """Say how to read the page, with the formula of every share transform that is used in it."""
-    terms = "".join(f"<div><dt>{name}</dt><dd>{text}</dd></div>" for name, text in _READING)
-    used = {ranking.share_transform for query in data.queries for ranking in query.rankings}
-    transforms = "".join(
-        f"<div><dt>Share: {esc(name)}</dt><dd>{esc(TRANSFORMS[name].formula, 1000)}. "
-        f"{esc(TRANSFORMS[name].caveat, 1000)}</dd></div>"
-        for name in sorted(used)
-        if name in TRANSFORMS
-    )
-    return (
-        '<details class="reading" open><summary>How to read this</summary>'
-        f"<dl>{terms}{transforms}</dl></details>\n"
-    )
-
-
-def _table(table: Table, number: int) -> str:
-    """Return a table of results; columns that hold numbers only are set to the right."""
+def result_table(table: Table, number: int, folded: bool = False) -> str:
+    """Return the section ``table-<number>``, which opens on demand if ``folded``; columns that hold numbers only are set to the right."""
     columns = [[row[i] for row in table.rows] for i in range(len(table.columns))]
     css = ["number" if all(_is_number(value) for value in values) else "text" for values in columns]
     head = "".join(
@@ -212,18 +238,22 @@ def _table(table: Table, number: int) -> str:
     shown = [_cells(values, kind) for values, kind in zip(columns, css, strict=True)]
     body = "".join(f"<tr>{''.join(row)}</tr>\n" for row in zip(*shown, strict=True))
     note = f'<p class="caption">{bdi(table.note, limit=PROSE_CHARACTERS)}</p>' if table.note else ""
+    heading = f'<h2 id="table-{number}-title">{bdi(table.title)}</h2>'
+    content = (
+        f'{note}<div class="scroll" role="region" tabindex="0" aria-labelledby="table-{number}-title">'
+        f'<table class="results" aria-labelledby="table-{number}-title">'
+        f"<thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>"
+    )
+    if folded:
+        heading, content = f"<details><summary>{heading}</summary>", f"{content}</details>"
     return (
-        f'<section id="table-{number}" aria-labelledby="table-{number}-title">'
-        f'<h2 id="table-{number}-title">{bdi(table.title)}</h2>{note}'
-        f'<div class="scroll" role="region" tabindex="0" aria-labelledby="table-{number}-title">'
-        f'<table class="results"><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table>'
-        "</div></section>\n"
+        f'<section id="table-{number}" aria-labelledby="table-{number}-title">{heading}{content}</section>\n'
     )
 
 
 def _is_number(value: object) -> bool:
     """Say whether a table cell is a number or the lack of one."""
-    return value is None or isinstance(value, (int, float, np.number))
+    return value is None or value == "" or isinstance(value, (int, float, np.number))
 
 
 def _cells(values: list[str | float | int | None], css: str) -> list[str]:

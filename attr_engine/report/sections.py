@@ -42,8 +42,8 @@ def query_section(data: ReportData, index: int, clips: ClipTable) -> Iterator[st
     yield f'<section class="query" id="query-{index}" aria-labelledby="query-{index}-title">\n'
     yield f'<p class="kind">Query {index + 1} of {len(data.queries)} \u00b7 {bdi(query.kind)}</p>'
     yield f'<h2 id="query-{index}-title">{bdi(info.title or info.id)}</h2>\n'
-    yield f'<div class="track">{_track_details(info, with_title=False)}</div>\n'
-    yield _player(info, None, clips, f"query {index + 1}")
+    yield f'<div class="track">{track_details(info, with_title=False)}</div>\n'
+    yield player(info, None, clips, f"query {index + 1}")
     if query.notes:
         notes = "".join(f"<li>{bdi(note, limit=PROSE_CHARACTERS)}</li>" for note in query.notes)
         yield f'<ul class="notes">{notes}</ul>\n'
@@ -112,8 +112,8 @@ def _row(row: Row, info: TrackInfo, score: str, percent: str, clips: ClipTable) 
     hit = f' <span class="badge hit">{bdi(row.hit)}</span>' if row.hit else ""
     return (
         f'<tr role="row"><td role="cell" class="rank">{row.rank}</td>'
-        f'<td role="cell" class="track">{_track_details(info, with_title=True, after_title=hit)}</td>'
-        f'<td role="cell" class="listen">{_player(info, row.curve, clips, f"rank {row.rank}")}</td>'
+        f'<td role="cell" class="track">{track_details(info, with_title=True, after_title=hit)}</td>'
+        f'<td role="cell" class="listen">{player(info, row.curve, clips, f"rank {row.rank}")}</td>'
         f'<td role="cell" class="score">{score}</td>'
         f'<td role="cell" class="share"><span class="value">{percent}\u202f%</span>'
         f"{share_bar(row.share)}</td></tr>\n"
@@ -148,8 +148,8 @@ def _everything_else(ranking: Ranking, percent: str) -> str:
     )
 
 
-def _track_details(info: TrackInfo, with_title: bool, after_title: str = "") -> str:
-    """Return title, artist, licence, length, window, id and source of a track, as far as they are known.
+def track_details(info: TrackInfo, with_title: bool, after_title: str = "") -> str:
+    """Return title, artist, owner, licence, length, window, id and source of a track, as far as they are known.
 
     Args:
         info: the track.
@@ -161,6 +161,8 @@ def _track_details(info: TrackInfo, with_title: bool, after_title: str = "") -> 
         parts.append(f'<span class="title">{bdi(info.title or info.id)}{after_title}</span>')
     if info.artist:
         parts.append(bdi(info.artist, "about"))
+    if info.owner:
+        parts.append(f'<span class="about">owner: {bdi(info.owner)}</span>')
     about = [bdi(info.licence)] if info.licence else []
     if info.seconds is not None:
         about.append(duration(info.seconds))
@@ -175,7 +177,7 @@ def _track_details(info: TrackInfo, with_title: bool, after_title: str = "") -> 
     return "".join(parts)
 
 
-def _player(info: TrackInfo, curve: np.ndarray | None, clips: ClipTable, what: str) -> str:
+def player(info: TrackInfo, curve: np.ndarray | None, clips: ClipTable, what: str) -> str:
     """Return waveform, effect curve and player, or "no audio".
 
     The player has no src: page.js fills it from the table of clips, which holds each clip once.

@@ -11,6 +11,7 @@ import numpy as np
 from attr_engine import evaluate
 from attr_engine.controls import control_scores
 from attr_engine.jobs import Job, Query
+from attr_engine.latents.batch import Tracks
 from attr_engine.report.data import Table
 from attr_engine.result import Attribution
 from attr_engine.score import RIDGE
@@ -46,15 +47,15 @@ def strength_text(job: Job, strength: float, function: str = "") -> str:
     return f"{_UNITS[job.run.settings.unit]} {strength:g}"
 
 
-def relatives(job: Job, query: Query) -> dict[str, str]:
+def relatives(tracks: Tracks, query: Query) -> dict[str, str]:
     """Training tracks with a known relation to a query, and its name.
 
     For a training track: its family. For another query: the ids in its ``parents``, and every window of a
     recording that is named there.
     """
-    rows = list(zip(job.tracks.ids, job.tracks.info, strict=True))
+    rows = list(zip(tracks.ids, tracks.info, strict=True))
     if query.kind == "training track":
-        family = job.tracks.info[query.index].get("family")
+        family = tracks.info[query.index].get("family")
         members = [(name, row) for name, row in rows if family and row.get("family") == family]
     else:
         parents = evaluate.parents_of(query.tracks.info[query.index])
@@ -112,7 +113,7 @@ def self_table(job: Job, result: Attribution) -> Table | None:
 def relation_table(job: Job, result: Attribution, controls: Mapping[str, np.ndarray]) -> Table | None:
     """Mean average precision of the known parents of held-out queries, beside the controls."""
     s = job.run.settings
-    related = [(q, set(relatives(job, job.queries[q]))) for q in range(len(job.queries))]
+    related = [(q, set(relatives(job.tracks, job.queries[q]))) for q in range(len(job.queries))]
     cases = [(q, names) for q, names in related if names and job.queries[q].kind != "training track"]
     if not cases:
         return None
