@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ on. The tables are written anew after every run: table1.md, table1.csv, table1.j
     for name, kind, text in (
         ("targets", int, "training tracks to unlearn, chosen by k-means; --self-influence names others"),
         ("similar", int, "tracks at either end of a ranking whose similarity is looked at (0: 100, or a quarter of fewer than 400)"),
-        ("embedding", str, "latent-statistics (mean and deviation of every channel), or a .npy of vectors with ids.json beside it"),
+        ("embedding", str, "latent-statistics (mean and deviation of every channel), a .npy of vectors with ids.json beside it, or "
+         "an embedding of audio, such as openl3:checkpoint=FILE"),
         ("pieces", int, "generated pieces a model for the Frechet distance (0: none)"),
         ("piece-targets", int, "after the unlearning of how many targets pieces are generated"),
         ("sampler-steps", int, "of the generated pieces"),
@@ -49,6 +51,13 @@ on. The tables are written anew after every run: table1.md, table1.csv, table1.j
         default = getattr(j, name.replace("-", "_"))
         g.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"{text} (default: {default})")
     return p
+
+
+def _from_anywhere(embedding: str) -> str:
+    """The name of an embedding, the files in it with their folders."""
+    if embedding.endswith(".npy") and "=" not in embedding:
+        return str(Path(embedding).resolve())
+    return re.sub(r"(?<=[:,])(checkpoint|onnx)=([^,]+)", lambda m: f"{m[1]}={Path(m[2]).resolve()}", embedding)  # fmt: skip
 
 
 def grid(args: argparse.Namespace) -> None:
@@ -60,9 +69,11 @@ def grid(args: argparse.Namespace) -> None:
 
     names = {spec.name for spec in (*dataclasses.fields(Settings), *dataclasses.fields(Judging))}
     flags = {name: value for name, value in vars(args).items() if name in names}
-    for name in (*_PATHS, "embedding"):  # a config has to mean the same from any folder
-        if flags.get(name) and (name != "embedding" or flags[name].endswith(".npy")):
+    for name in _PATHS:  # a config has to mean the same from any folder
+        if flags.get(name):
             flags[name] = str(Path(flags[name]).resolve())
+    if "embedding" in flags:
+        flags["embedding"] = _from_anywhere(flags["embedding"])
     if "layers" in flags:
         flags["layers"] = [words.split("+") for words in flags["layers"]]
     base, axes, judging = plan_of(Path(args.config) if args.config else None, flags)

@@ -27,11 +27,13 @@ class Embedding:
         values: float64 ``[N, E]``, in the order of the tracks.
         of_latents: embeds other pieces in the same space: latents ``[C, n]``, valid frames only, to ``[M, E]``; None where only
             the vectors of the tracks are known.
+        fingerprint: hex digest of what the name does not say, such as a checkpoint's weights; may be empty.
     """
 
     name: str
     values: np.ndarray
     of_latents: Callable[[Sequence[np.ndarray]], np.ndarray] | None = None
+    fingerprint: str = ""
 
 
 def statistics(latents: Sequence[np.ndarray]) -> np.ndarray:
@@ -43,6 +45,14 @@ def _double(latent: np.ndarray) -> np.ndarray:
     return np.asarray(latent, dtype=np.float64)
 
 
+def standardiser(raw: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """What brings every dimension of tracks ``[N, E]`` to mean 0 and standard deviation 1, and other vectors the same way."""
+    mean, spread = raw.mean(axis=0), raw.std(axis=0)
+    # What is the same in all tracks tells none from another; rounding must not make it decide.
+    unit = np.where(spread > 1e-12 * np.abs(mean), spread, np.inf)
+    return lambda values: np.asarray((values - mean) / unit)
+
+
 def latent_statistics(tracks: Tracks) -> Embedding:
     """:func:`statistics` of every track's valid frames, each standardised over the training tracks; needs no weights."""
     rows = []
@@ -52,13 +62,7 @@ def latent_statistics(tracks: Tracks) -> Embedding:
         pairs = zip(batch.latents.numpy(), batch.valid.tolist(), strict=True)
         rows.append(statistics([latent[:, :n] for latent, n in pairs]))
     raw = np.concatenate(rows)
-    mean, spread = raw.mean(axis=0), raw.std(axis=0)
-    # What is the same in all tracks tells none from another; rounding must not make it decide.
-    unit = np.where(spread > 1e-12 * np.abs(mean), spread, np.inf)
-
-    def standardised(values: np.ndarray) -> np.ndarray:
-        return np.asarray((values - mean) / unit)
-
+    standardised = standardiser(raw)
     return Embedding(
         "latent-statistics", standardised(raw), lambda latents: standardised(statistics(latents))
     )
@@ -84,7 +88,8 @@ def embedding(name: str, tracks: Tracks) -> Embedding:
     path = Path(name)
     if path.suffix != ".npy":
         raise UserError(
-            f"unknown embedding {name!r}: use {', '.join(EMBEDDINGS)}, or a .npy with {IDS} beside it"
+            f"unknown embedding {name!r}: use {', '.join(EMBEDDINGS)}, a .npy with {IDS} beside it, or an embedding of audio, such as "
+            "features or clmr:checkpoint=FILE"
         )
     return Embedding(name, vectors_of(path, tracks.ids))
 

@@ -54,10 +54,10 @@ def embedded(made: Sequence[np.ndarray], of: Embedding) -> np.ndarray:
 def posterior_kl(
     posterior: Callable[[Sequence[np.ndarray]], np.ndarray], reference: Sequence[np.ndarray], made: Sequence[np.ndarray]
 ) -> float:  # fmt: skip
-    """Mean over pairs of ``KL(p_i || q_i) = sum_k p_ik log(p_ik / q_ik)`` of a classifier's label posteriors, in nats.
+    """Mean of :func:`divergences` of a classifier's label posteriors, in nats.
 
     The text-to-music figure (Kreuk et al., arXiv 2209.15352; there the classifier is PaSST): p of a piece, q of the piece made in its place
-    from the same prompt. No classifier comes with the engine.
+    from the same prompt. :class:`attr_engine.passt.Passt` is such a classifier, where its package and a checkpoint are there.
 
     Args:
         posterior: n pieces to probabilities ``[n, K]``; rows are made to sum to 1, and probabilities to be at least 1e-6.
@@ -67,12 +67,21 @@ def posterior_kl(
     Raises:
         UserError: numbers that do not fit, or posteriors that are negative, zero everywhere or not finite.
     """
-    p, q = _normalised(posterior(reference)), _normalised(posterior(made))
+    return float(divergences(posterior(reference), posterior(made)).mean())
+
+
+def divergences(reference: np.ndarray, made: np.ndarray) -> np.ndarray:
+    """``KL(p_i || q_i) = sum_k p_ik log(p_ik / q_ik)`` of posteriors p and q ``[n, K]`` in pairs: ``[n]``, in nats.
+
+    Raises:
+        UserError: as :func:`posterior_kl`.
+    """
+    p, q = _normalised(reference), _normalised(made)
     if p.shape != q.shape:
         raise UserError(
             f"posteriors {list(p.shape)} and {list(q.shape)}: give as many pieces as references, in pairs"
         )
-    return float((p * np.log(p / q)).sum(axis=1).mean())
+    return np.asarray((p * np.log(p / q)).sum(axis=1))
 
 
 def cluster_kl(tracks: np.ndarray, made: np.ndarray, clusters: int, seed: int = 0) -> float:

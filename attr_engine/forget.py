@@ -17,14 +17,16 @@ from typing import Any
 import numpy as np
 
 from attr_engine.diffusion import DrawPlan
-from attr_engine.embed import Embedding, embedding
+from attr_engine.embed import Embedding
 from attr_engine.errors import UserError
 from attr_engine.fidelity import embedded, nearest
 from attr_engine.files import remove_leftovers, whole_file, write_json, writing_in
 from attr_engine.fisher import Fisher, fit_fisher
+from attr_engine.forget_kl import LabelShift
 from attr_engine.forget_report import write_report
 from attr_engine.forget_settings import DEFAULTS, Removal
 from attr_engine.frechet import frechet_distance, pieces
+from attr_engine.heard import any_embedding
 from attr_engine.judge import bootstrap
 from attr_engine.latents.batch import Chosen, Tracks, check_tracks
 from attr_engine.methods.ascent import ascend, relabelled
@@ -41,7 +43,7 @@ from attr_engine.units import held
 from attr_engine.unlearn import unlearn_query
 from attr_engine.updates import applied
 
-ROWS, SETTINGS, FISHER = "rows", "settings.json", "fisher.safetensors"
+ROWS, SETTINGS, FISHER, EMBEDDED = "rows", "settings.json", "fisher.safetensors", "embedded"
 _CHUNK = 16  # tracks between two looks at the clock
 
 Progress = Callable[[str, str], Callable[[int, int], None]]
@@ -115,19 +117,26 @@ class Forgetting:
         if held_out is not None:
             self.sets["held_out"] = held_out
         self.embedding: Embedding | None = None
+        self.labels: LabelShift | None = None
         if h.pieces:
-            self.embedding = embedding(h.embedding, tracks)
+            self.embedding = any_embedding(h.embedding, model, tracks, self.out / EMBEDDED, progress)
             if self.embedding.of_latents is None:
                 raise UserError(
                     f"pieces cannot be embedded by {h.embedding}: use another --embedding, or no pieces (--pieces 0)"
                 )
             both = {"forget": self.chosen, "remain": self.kept}
+            self.labels = LabelShift.of(h.classifier, model, self.out)
             self.prompts = {name: self._prompts(which, rng) for name, which in both.items()}
+        elif h.classifier:
+            raise UserError(
+                "the labels are of generated pieces: ask for some (--pieces), or leave --classifier out"
+            )
         self.clap = self._prompt_scores() if h.clap else None
-        unused = () if h.clap else ("clap", "text")
+        judges = [x.fingerprint for x in (self.embedding, self.labels) if x is not None and x.fingerprint]
+        unused = (*(() if h.clap else ("clap", "text")), *(() if h.classifier else ("classifier",)))
         self.key = key_of(
             model_key(model), tracks.fingerprint, self.chosen, None if held_out is None else held_out.fingerprint,
-            {n: v for n, v in asdict(h).items() if n not in ("strengths", "checkpoints", "rows", *unused)},
+            {n: v for n, v in asdict(h).items() if n not in ("strengths", "checkpoints", "rows", *unused)}, *judges,
         )  # fmt: skip
 
     def _check(self, held_out: Tracks | None) -> None:
@@ -317,10 +326,10 @@ class Forgetting:
             if before is not None:
                 row[f"{name}_change"] = interval(np.array(means) - np.array(before[name]))
         show(total, total)
-        return {**row, **self._generated(what)}
+        return {**row, **self._generated(what, before is None)}
 
-    def _generated(self, what: str) -> dict[str, Any]:
-        """Similarity of pieces to what is forgotten and to their prompts, and the Frechet distance of the others from what remains."""
+    def _generated(self, what: str, untouched: bool) -> dict[str, Any]:
+        """What is said of pieces: similarity to what is forgotten, CLAP score, shift of labels, the Frechet distance from what remains."""
         of, h = self.embedding, self.how
         if of is None:
             return {}
@@ -329,6 +338,9 @@ class Forgetting:
             show(done, len(self.prompts))
             made = pieces(self.model, prompts, h.seed, h.sampler_steps, h.guidance)
             values[name] = embedded(made, of)
+            shift = None if self.labels is None else self.labels.of_pieces(name, made, self.key, untouched)
+            if shift is not None:
+                row[f"kl_{name}"] = interval(shift)
             near = nearest(values[name], of.values[self.chosen])
             row[f"similarity_{name}"] = interval(near) if np.isfinite(near).all() else None
             if self.clap is not None:

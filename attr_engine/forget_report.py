@@ -18,7 +18,12 @@ _TITLES = {
     "held_out": "loss, held out", "held_out_change": "change", "similarity_forget": "similarity, their prompts",
     "similarity_remain": "similarity, other prompts", "clap_forget": "CLAP score, their prompts",
     "clap_remain": "CLAP score, other prompts", "frechet": "Frechet distance",
+    "kl_forget": "KL of labels, their prompts", "kl_remain": "KL of labels, other prompts",
 }  # fmt: skip
+KL_NOTE = (
+    "KL of labels: mean, over pairs of pieces from the same prompt and noise, of the divergence of the labels that the classifier gives to "
+    "the unlearned model's piece from those of the untouched model's, in nats; 0: it hears the same."
+)
 _ENDS = ("", "_low", "_high")
 
 
@@ -104,6 +109,8 @@ def markdown(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any], method
             if s["clap"]
             else "No CLAP score: no checkpoint was named (--clap FOLDER).",
         ]
+    if s["pieces"] and s["classifier"]:
+        lines += [KL_NOTE]
     if about["done"] < about["strengths"]:
         lines += [f"So far {about['done']} of {about['strengths']} strengths."]
     return "\n".join(lines) + "\n"

@@ -44,7 +44,14 @@ class Removal:
     )
     sampler_steps: int = _option(50, "of the pieces")
     guidance: float = _option(3.0, "classifier-free guidance of the pieces")
-    embedding: str = _option("latent-statistics", "in which pieces and tracks are compared")
+    embedding: str = _option(
+        "latent-statistics",
+        "in which pieces and tracks are compared; of audio too, such as features or openl3:checkpoint=FILE",
+    )
+    classifier: str = _option(
+        "",
+        "checkpoint of PaSST: KL of the labels of pieces before and after; not downloaded (none: no such figure)",
+    )
     clap: str = _option(
         "", "folder of CLAP as transformers has it: the CLAP score of the pieces and their prompts"
     )

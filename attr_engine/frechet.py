@@ -133,7 +133,15 @@ class Pieces:
         self._prompts = tracks.batch(chosen.tolist(), model.frames).conditioning
         self._model, self._seed, self._steps, self._guidance = model, seed, steps, guidance
         self._embed, self._tracks = embedding.of_latents, embedding.values
-        self.key = key_of(model.fingerprint, tracks.fingerprint, embedding.name, count, steps, guidance, seed)
+        self.key = key_of(
+            model.fingerprint,
+            tracks.fingerprint,
+            embedding.name + embedding.fingerprint,
+            count,
+            steps,
+            guidance,
+            seed,
+        )
 
     def distance(self) -> float:
         """Frechet distance of the model's pieces from the training tracks; NaN where a piece is not finite."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from attr_engine import grid_table, pipeline
-from attr_engine.embed import embedding, pick_targets, similarity
+from attr_engine.embed import pick_targets, similarity
 from attr_engine.errors import UserError, one_line
 from attr_engine.evaluate import clusters
 from attr_engine.files import write_json, writing_in
@@ -29,6 +29,7 @@ from attr_engine.frechet import (
 )
 from attr_engine.grid_settings import CONFIG, Judging, settings_of_runs
 from attr_engine.grid_table import Row
+from attr_engine.heard import any_embedding
 from attr_engine.jobs import Job, check, make_job, make_queries
 from attr_engine.latents.batch import Tracks
 from attr_engine.memory import fit_rows
@@ -83,7 +84,7 @@ class Grid:
             name: frozenset(self._where[x] for x in some)
             for name, some in clusters(tracks.ids, tracks.info).items()
         }
-        self._embedding = embedding(j.embedding, tracks)
+        self._embedding = any_embedding(j.embedding, model, tracks, self.out / CACHE)
         self.targets = base.self_influence or self._pick()
         make_queries(tracks, [], self.targets)
         self._near = {name: similarity(self._embedding.values, self._where[name]) for name in self.targets}

@@ -32,7 +32,7 @@ class Judging:
     Attributes:
         targets: how many training tracks are unlearned, chosen by k-means; ``Settings.self_influence`` names others.
         similar: tracks at either end of a ranking whose similarity is looked at; 0: 100, or a quarter of fewer than 400 tracks.
-        embedding: see :func:`attr_engine.embed.embedding`.
+        embedding: see :func:`attr_engine.heard.any_embedding`.
         pieces: generated pieces a model for the Frechet distance; 0 for none.
         piece_targets: after the unlearning of how many targets pieces are generated, in each cell.
         sampler_steps: of the generated pieces.

@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("stable_audio_tools")
 
 from attr_engine.cli import main  # noqa: E402
+from attr_engine.cli_grid import _from_anywhere  # noqa: E402
 
 QUICK = ["--fisher-draws", 4, "--update-draws", 4, "--score-draws", 4, "--rows", 4, "--threads", 1, "--targets", 2,
          "--pieces", 3, "--piece-targets", 1, "--sampler-steps", 2]  # fmt: skip
@@ -91,9 +92,20 @@ def test_bad_calls_get_one_sentence(world, tmp_path, capsys):
     assert "'x' matches no parameter" in complaint(capsys, *grid, "--targets", 2, "--layers", "x")
     assert "'x' is not a training track" in complaint(capsys, *grid, "--self-influence", "x")
     assert "40 targets of 8" in complaint(capsys, *grid)
-    assert "unknown embedding" in complaint(capsys, *grid, "--embedding", "clap")
+    assert "unknown embedding" in complaint(capsys, *grid, "--embedding", "clip")
     assert "does not exist" in complaint(capsys, *grid, "--config", tmp_path / "none.json")
     assert "run attr-engine score first" in complaint(
         capsys, "figures", tmp_path / "none", "--out", tmp_path / "f"
     )
     assert not (tmp_path / "grid").exists() and not (tmp_path / "f").exists()
+
+
+def test_files_of_an_embedding_are_named_with_their_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for given, expected in (
+        ("latent-statistics", "latent-statistics"),
+        ("x.npy", f"{tmp_path}/x.npy"),
+        ("openl3:size=512,checkpoint=a/b.pt", f"openl3:size=512,checkpoint={tmp_path}/a/b.pt"),
+        ("embedding:onnx=m.onnx,rate=8000", f"embedding:onnx={tmp_path}/m.onnx,rate=8000"),
+    ):
+        assert _from_anywhere(given) == expected

@@ -152,6 +152,7 @@ def test_what_to_forget_is_found_by_id_or_metadata(rng):
         ([0], {"draws": 1}, "at least 2 draws"),
         ([0], {"pieces": 1}, "2 pieces or none"),
         ([0], {"pieces": 4}, "no sampler.*--pieces 0"),
+        ([0], {"classifier": "passt.pt"}, "labels are of generated pieces"),
         ([0], {"checkpoints": True}, "--checkpoints off"),
         ([0], {"layers": ("nothing",)}, "'nothing' matches no parameter"),
     ],

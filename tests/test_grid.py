@@ -319,7 +319,8 @@ def test_a_run_that_cannot_be_computed_does_not_end_the_grid(rng, seed, tmp_path
         ({}, {}, {"similar": 9}, "similarity to 9 of 9"),
         ({}, {}, {"pieces": 1}, "at least 2 pieces"),
         ({}, {}, {"piece_targets": 0}, "pieces after 0 targets"),
-        ({}, {}, {"embedding": "clap"}, "unknown embedding 'clap'"),
+        ({}, {}, {"embedding": "clip"}, "unknown embedding 'clip'"),
+        ({}, {}, {"embedding": "clap"}, "clap needs weights"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_computed(base, axes, judging, words, rng, seed, tmp_path):

@@ -10,6 +10,7 @@ from attr_engine.methods import (  # noqa: F401 - these register their methods
     hidden_states,
     mucs,
     networks,
+    openl3,
     plugins,
     rps,
     runs,

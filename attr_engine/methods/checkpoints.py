@@ -76,6 +76,10 @@ SOURCES = {
         ),
         Source("clmr", "clmr_checkpoint_10000.pt", "github.com/Spijkervet/CLMR, releases", "Apache-2.0"),
         Source("mert", "the folder", "huggingface.co/m-a-p/MERT-v1-95M", NON_COMMERCIAL, True),
+        Source(
+            "openl3", "torchopenl3_mel256_music_512.pth.tar", "github.com/torchopenl3/torchopenl3-models",
+            "Apache-2.0, ported from those of github.com/marl/openl3, which are CC-BY-4.0",
+        ),
         Source("muq", "the folder", "huggingface.co/OpenMuQ/MuQ-large-msd-iter", NON_COMMERCIAL, True),
     )
 }  # fmt: skip

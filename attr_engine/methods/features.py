@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -97,7 +97,14 @@ class FeatureSimilarity:
     window: float = option(0.0, WINDOW)
     hop: float = option(0.0, HOP)
     short: str = option("", SHORT)
+    standardised: ClassVar[bool] = True
+
+    def embedder(self, device: str = "cpu") -> Features:
+        """See :class:`Features`, which needs no device."""
+        return Features()
 
     def fit(self, model: Denoiser, tracks: Tracks, work: Workspace) -> FittedSimilarity:
         """Embed all windows of the tracks."""
-        return fit_similarity(Features(), tracks, work, self.window, self.hop, self.short, standardised=True)
+        return fit_similarity(
+            self.embedder(), tracks, work, self.window, self.hop, self.short, self.standardised
+        )

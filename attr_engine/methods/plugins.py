@@ -139,27 +139,39 @@ class EmbeddingSimilarity:
     )
     version: str = option("", "of the function's weights: another one embeds anew")
 
+    def embedder(self, device: str = "cpu") -> FunctionEmbedder:
+        """The function or the ONNX model, which knows no device.
+
+        Raises:
+            UserError: none or several of the three are given, ``path`` is, or what is given cannot be used.
+        """
+        self._check()
+        if self.path:
+            raise UserError(f"{self.path} holds vectors, and cannot embed audio: give callable= or onnx=")
+        if self.rate < 1:
+            raise UserError(f"a rate of {self.rate} Hz cannot be: give what the embedding takes")
+        if self.callable:
+            return function_embedder(self.callable, self.rate, self.version)
+        return onnx_embedder(Path(self.onnx), self.rate)
+
     def fit(self, model: Denoiser, tracks: Tracks, work: Workspace) -> Fitted:
         """Read the vectors, or embed all windows of the tracks.
 
         Raises:
             UserError: none or several of the three are given, or the one that is cannot be used.
         """
+        self._check()
+        if self.path:
+            path = Path(self.path)
+            return FittedVectors(path, unit(vectors_of(path, tracks.ids)))
+        how = self.window, self.hop, self.short, self.standardised
+        return fit_similarity(self.embedder(), tracks, work, *how)
+
+    def _check(self) -> None:
         if sum(map(bool, (self.path, self.callable, self.onnx))) != 1:
             raise UserError(
                 "the method embedding needs one of path=FILE.npy, callable=package.module:function and onnx=FILE.onnx"
             )
-        if self.path:
-            path = Path(self.path)
-            return FittedVectors(path, unit(vectors_of(path, tracks.ids)))
-        if self.rate < 1:
-            raise UserError(f"a rate of {self.rate} Hz cannot be: give what the embedding takes")
-        embedder = (
-            function_embedder(self.callable, self.rate, self.version)
-            if self.callable
-            else onnx_embedder(Path(self.onnx), self.rate)
-        )
-        return fit_similarity(embedder, tracks, work, self.window, self.hop, self.short, self.standardised)
 
 
 @dataclass(frozen=True)
