@@ -290,14 +290,14 @@ def markdown(lines: Sequence[Line]) -> str:
 
 
 def moved(found: Sequence[tuple[str, Sequence[Line]]]) -> str:
-    """How far two runs of the same state agree: figures that moved by no more than the spread of either run, and the others."""
+    """How far two runs of the same state agree: figures of both that moved by no more than the spread of either, and the others."""
     out = ["| question | figures | moved by less than their spread | by more |", "|---|---|---|---|"]
     for name, lines in found:
         judged = [line for line in lines if line.verdict in ("same", "worse", "better")]
         out.append(f"| {name} | {len(judged)} | {sum(line.verdict == 'same' for line in judged)} | "
                    f"{sum(line.verdict != 'same' for line in judged)} |")  # fmt: skip
     rest = [replace(line, name=f"{name}: {line.name}") for name, lines in found for line in lines
-            if line.verdict in ("worse", "better") or line.bad]  # fmt: skip
+            if line.verdict == "better" or (line.bad and line.new)]  # fmt: skip
     return "\n".join([*out, "", markdown(rest)] if rest else out)
 
 
