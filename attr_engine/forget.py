@@ -22,7 +22,7 @@ from attr_engine.errors import UserError
 from attr_engine.fidelity import embedded, nearest
 from attr_engine.files import remove_leftovers, whole_file, write_json, writing_in
 from attr_engine.fisher import Fisher, fit_fisher
-from attr_engine.forget_kl import LabelShift
+from attr_engine.forget_judges import LabelShift, PromptScores
 from attr_engine.forget_report import write_report
 from attr_engine.forget_settings import DEFAULTS, Removal
 from attr_engine.frechet import frechet_distance, pieces
@@ -31,7 +31,6 @@ from attr_engine.judge import bootstrap
 from attr_engine.latents.batch import Chosen, Tracks, check_tracks
 from attr_engine.methods.ascent import ascend, relabelled
 from attr_engine.methods.base import model_key, no_progress
-from attr_engine.methods.clap import PromptScores
 from attr_engine.methods.mucs import Mirroring, mirrored
 from attr_engine.methods.unlearner import Outcome, null_loss, training_plan
 from attr_engine.models.checkpoint import read_json
@@ -118,6 +117,7 @@ class Forgetting:
             self.sets["held_out"] = held_out
         self.embedding: Embedding | None = None
         self.labels: LabelShift | None = None
+        self.clap: PromptScores | None = None
         if h.pieces:
             self.embedding = any_embedding(h.embedding, model, tracks, self.out / EMBEDDED, progress)
             if self.embedding.of_latents is None:
@@ -127,11 +127,11 @@ class Forgetting:
             both = {"forget": self.chosen, "remain": self.kept}
             self.labels = LabelShift.of(h.classifier, model, self.out)
             self.prompts = {name: self._prompts(which, rng) for name, which in both.items()}
-        elif h.classifier:
+            self.clap = PromptScores(h.clap, self.prompts, h.text, model) if h.clap else None
+        elif h.classifier or h.clap:
             raise UserError(
-                "the labels are of generated pieces: ask for some (--pieces), or leave --classifier out"
+                "CLAP scores and labels are of generated pieces: ask for some (--pieces), or leave --clap and --classifier out"
             )
-        self.clap = self._prompt_scores() if h.clap else None
         judges = [x.fingerprint for x in (self.embedding, self.labels) if x is not None and x.fingerprint]
         unused = (*(() if h.clap else ("clap", "text")), *(() if h.classifier else ("classifier",)))
         self.key = key_of(
@@ -184,19 +184,6 @@ class Forgetting:
             )
         if h.pieces and not hasattr(model, "sample"):
             raise UserError("the model has no sampler: ask for no pieces (--pieces 0)")
-
-    def _prompt_scores(self) -> PromptScores:
-        model, h = self.model, self.how
-        if not h.pieces:
-            raise UserError(
-                "a CLAP score is of generated pieces: ask for some (--pieces), or leave --clap out"
-            )
-        if not hasattr(model, "decode") or getattr(model, "pretransform", model) is None:
-            raise UserError("the model has no autoencoder, so its pieces cannot be heard: leave --clap out")
-        device = str(next(model.module.parameters()).device)
-        return PromptScores(
-            h.clap, self.prompts, h.text, model.decode, int(getattr(model, "sample_rate", 0)), device
-        )
 
     def _prompts(self, which: Sequence[int], rng: np.random.Generator) -> list[Mapping[str, Any]]:
         count = self.how.pieces

@@ -1,6 +1,6 @@
 """How much memory does each stage take, at its peak, in a process of its own?
 
-    python bench/memory.py                  64 and 1024 frames at width 512: about three minutes
+    python bench/memory.py                  64 and 1024 frames at width 512: about eight minutes
     python bench/memory.py --quick          one small case: does it run?
 
 What a fresh process grows by in one run of the stage, over what it holds when the model, its tracks, the Fisher and the update are

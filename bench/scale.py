@@ -1,6 +1,6 @@
 """How does the time grow with tracks, frames, width, queries and processes?
 
-    python bench/scale.py                   some minutes
+    python bench/scale.py                   about five minutes
     python bench/scale.py --quick           small cases: does it run?
 
 Fisher and scores of a small DiT with random weights, a (track, draw) at a time. The limit is plain passes of the same rows, which are

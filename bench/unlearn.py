@@ -1,6 +1,6 @@
 """What does a step of unlearning cost, next to plain passes of the same rows and to the loop over single draws?
 
-    python bench/unlearn.py                 64, 512 and 2048 frames at width 512: about three minutes
+    python bench/unlearn.py                 64, 512 and 2048 frames at width 512: about ten minutes
     python bench/unlearn.py --quick         one small case: does it run?
 
 The step is ``unlearn_query``: the mean gradient of the query over its draws, divided by Fisher and damping, scaled. The loop does

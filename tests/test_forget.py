@@ -259,7 +259,7 @@ def test_without_clap_the_report_says_so_and_the_folder_is_the_old_one(told, tmp
         ({"clap": "nowhere"}, "checkpoint nowhere of clap does not exist: get "),
         ({"clap": "file"}, "is no folder: a CLAP score needs the text encoder"),
         ({"clap": "mute"}, "holds no tokenizer"),
-        ({"pieces": 0}, "a CLAP score is of generated pieces"),
+        ({"pieces": 0}, "CLAP scores and labels are of generated pieces"),
     ],
 )
 def test_a_clap_score_that_cannot_be_had_is_said_first(told, tmp_path, seed, monkeypatch, changes, message):

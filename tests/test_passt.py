@@ -91,7 +91,7 @@ def test_what_is_no_passt_is_refused(seed, tmp_path):
 
 def test_a_removal_reports_how_far_labels_moved(seed, rng, tmp_path, monkeypatch):
     """Pairs of the same prompt and noise, the untouched model's first, also where rows are kept; nothing moves at no update."""
-    monkeypatch.setattr("attr_engine.forget_kl.Passt", lambda path, device: hearing.Labels())
+    monkeypatch.setattr("attr_engine.forget_judges.Passt", lambda path, device: hearing.Labels())
     model, tracks = hearing.Singer(seed), helpers.make_tracks(rng, 6, 3, 10)
     seen = []
     of_latents = hearing.Labels.of_latents

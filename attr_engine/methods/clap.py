@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import sys
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,7 +31,7 @@ from attr_engine.methods.pretrained import Pretrained, TorchEmbedder, missing_pa
 from attr_engine.models.checkpoint import fingerprint
 
 RATE, SAMPLES = 48000, 480000  # ten seconds, of all checkpoints
-_SOURCE = SOURCES["clap"]
+SOURCE = SOURCES["clap"]
 _SIZES = {96: "tiny", 128: "base", 256: "large"}  # width of the patches of an HTSAT
 # Of all HTSAT configurations of laion_clap.
 _AUDIO = dict(
@@ -93,21 +93,21 @@ def laion_embedder(path: Path, device: str = "cpu") -> TorchEmbedder:
     Raises:
         UserError: laion_clap is not installed, or the file is not such a checkpoint.
     """
-    state = read_state(path, _SOURCE)
+    state = read_state(path, SOURCE)
     state = part(state, "module.") or state
     patch = state.get("audio_branch.patch_embed.proj.weight")
     width = len(patch) if patch is not None and patch.ndim else 0
     if any("fusion_model" in name or "mel_conv" in name for name in state):
         raise UserError(
-            f"{path} is a checkpoint with fusion, which listens to random parts: use one without, such as {_SOURCE.text}"
+            f"{path} is a checkpoint with fusion, which listens to random parts: use one without, such as {SOURCE.text}"
         )
     if width not in _SIZES:
-        raise UserError(f"{path} holds no audio network of CLAP (HTSAT): expected {_SOURCE.text}")
+        raise UserError(f"{path} holds no audio network of CLAP (HTSAT): expected {SOURCE.text}")
     try:
         module = LaionAudio(_SIZES[width])
     except ImportError as error:
         raise missing_package("clap", "laion-clap", error) from error
-    fit_state(module, state, path, _SOURCE)
+    fit_state(module, state, path, SOURCE)
     module.to(device)
 
     def forward(windows: np.ndarray) -> Tensor:
@@ -140,7 +140,7 @@ class TransformersClap:
             raise UserError(
                 f"CLAP from a folder needs transformers 5, and {__version__} is installed: pip install 'transformers>=5'"
             )
-        config, preprocessing, state, file = read_folder(path, _SOURCE)
+        config, preprocessing, state, file = read_folder(path, SOURCE)
         if config.get("model_type") != "clap" or not preprocessing:
             raise UserError(
                 f"{path} is not a folder of CLAP: expected config.json of a ClapModel, and preprocessor_config.json"
@@ -152,9 +152,9 @@ class TransformersClap:
                 f"{path} is CLAP with fusion, which listens to random parts: use one without, such as laion/larger_clap_music"
             )
         with torch.device("meta"):  # no memory before all shapes are known to fit
-            check_state(build(lambda: ClapModel(made), path), state, file, _SOURCE)
+            check_state(build(lambda: ClapModel(made), path), state, file, SOURCE)
         self.module: Any = build(lambda: ClapModel(made), path)
-        fit_state(self.module, state, file, _SOURCE)
+        fit_state(self.module, state, file, SOURCE)
         self.module.to(device)
         self.path, self.device = path, device
         self.fingerprint = fingerprint(self.module, {"clap": "transformers", "preprocessing": preprocessing})
@@ -236,65 +236,10 @@ def text_audio_scores(
     """
     if not len(audio) or not len(texts) or any(x.ndim != 1 or not len(x) for x in audio):
         raise UserError("CLAP scores need at least one text, and audio [n] with at least one sample")
-    clap = TransformersClap(_SOURCE.path(str(folder)), device)
+    clap = TransformersClap(SOURCE.path(str(folder)), device)
     with torch.inference_mode():
         wanted = clap.texts(texts).cpu().numpy().astype(np.float64)
     return np.asarray(clap.sounds(audio) @ wanted.T)
-
-
-class PromptScores:
-    """The CLAP score of generated pieces: the cosine of each one's audio and the text that it was generated from.
-
-    Args:
-        folder: as of :func:`text_audio_scores`.
-        prompts: sets of conditioning, by name.
-        text: the entry of a conditioning that holds the text.
-        decode: audio ``[B, channels, samples]`` of latents ``[B, C, n]``.
-        rate: of that audio, in Hz.
-        device: torch device.
-
-    Raises:
-        UserError: see :class:`TransformersClap`; nothing at ``folder``, or a prompt without text.
-    """
-
-    def __init__(
-        self, folder: str | Path, prompts: Mapping[str, Sequence[Mapping[str, Any]]], text: str,
-        decode: Callable[[Tensor], Tensor], rate: int, device: str = "cpu",
-    ) -> None:  # fmt: skip
-        for row in (row for rows in prompts.values() for row in rows):
-            if not isinstance(row.get(text), str) or not row[text].strip():
-                raise UserError(
-                    f"a CLAP score compares pieces with the texts that they were generated from, and a track has no text {text!r} in its "
-                    f"conditioning (there is {', '.join(map(repr, row)) or 'nothing'}): name another --text, or leave --clap out"
-                )
-        try:
-            import soxr
-        except ImportError as error:
-            raise UserError(f"a CLAP score needs soxr ({error}): pip install 'attr-engine[audio]'") from error
-        path = _SOURCE.path(str(folder))
-        if not path.is_dir():
-            raise UserError(
-                f"{path} is no folder: a CLAP score needs the text encoder and the tokenizer of a folder of transformers, such as "
-                "laion/larger_clap_music"
-            )
-        self._clap, self._decode, self._rate = TransformersClap(path, device), decode, rate
-        self._resample = soxr.resample
-        with torch.inference_mode():
-            self._texts = {
-                name: self._clap.texts([row[text] for row in rows]).cpu().numpy().astype(np.float64)
-                for name, rows in prompts.items()
-            }
-
-    def __call__(self, name: str, made: Sequence[np.ndarray]) -> np.ndarray | None:
-        """Scores ``[n]`` float64 of latents ``[C, n]``, one a prompt of the set; None where some audio is not finite."""
-        audio, wanted = [], self._clap.extractor.sampling_rate
-        for x in made:
-            with torch.no_grad():
-                sound = self._decode(torch.from_numpy(x)[None])[0].mean(dim=0).detach().cpu().numpy()
-            if not np.isfinite(sound).all():
-                return None
-            audio.append(self._resample(sound.astype(np.float32), self._rate, wanted))
-        return np.asarray((self._clap.sounds(audio) * self._texts[name]).sum(axis=1))
 
 
 @method(
@@ -311,5 +256,5 @@ class Clap(Pretrained):
 
     def embedder(self, device: str = "cpu") -> TorchEmbedder:
         """See :func:`laion_embedder`, :class:`TransformersClap`."""
-        path = _SOURCE.path(self.checkpoint)
+        path = SOURCE.path(self.checkpoint)
         return TransformersClap(path, device).embedder if path.is_dir() else laion_embedder(path, device)
