@@ -16,7 +16,7 @@ from attr_engine.report.data import Table, TrackInfo
 from attr_engine.report.drawing import ClipTable
 from attr_engine.report.markup import PROSE_CHARACTERS, bdi, column, esc
 from attr_engine.report.page import framed, overview, result_table
-from attr_engine.report.sections import player, track_details
+from attr_engine.report.sections import player, query_head, track_details
 
 _READING = (
     (
@@ -189,16 +189,9 @@ def _figures(figures: Sequence[Figure]) -> str:
 
 def _query(data: Comparison, index: int, clips: ClipTable) -> Iterator[str]:
     """Yield the section of a query: what each method ranks first, the same by track, and how much the methods agree."""
-    query, anchor = data.queries[index], f"query-{index}"
+    query = data.queries[index]
     info = query.info
-    yield f'<section class="query" id="{anchor}" aria-labelledby="{anchor}-title">\n'
-    yield f'<p class="kind">Query {index + 1} of {len(data.queries)} \u00b7 {bdi(query.kind)}</p>'
-    yield f'<h2 id="{anchor}-title">{bdi(info.title or info.id)}</h2>\n'
-    yield f'<div class="track">{track_details(info, with_title=False)}</div>\n'
-    yield player(info, None, clips, f"query {index + 1}")
-    if query.notes:
-        notes = "".join(f"<li>{bdi(note, limit=PROSE_CHARACTERS)}</li>" for note in query.notes)
-        yield f'<ul class="notes">{notes}</ul>\n'
+    yield from query_head(index, len(data.queries), info, query.kind, query.notes, clips)
     held, count = holders(query.tops), sum(not top.is_control for top in query.tops)
     name, longest = esc(info.title or info.id), max((len(top.tracks) for top in query.tops), default=0)
     for title, table, is_open in (

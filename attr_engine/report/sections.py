@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -35,18 +35,24 @@ _TABLE_HEAD = """<div class="scroll"><table class="rows" role="table" aria-label
 """
 
 
-def query_section(data: ReportData, index: int, clips: ClipTable) -> Iterator[str]:
-    """Yield the HTML of query ``index``, with its first ranking open and the others folded."""
-    query = data.queries[index]
-    info = query.info
+def query_head(
+    index: int, count: int, info: TrackInfo, kind: str, notes: Sequence[str], clips: ClipTable
+) -> Iterator[str]:
+    """Yield the beginning of a query's section, whose anchor is ``query-INDEX``: title, what is known of it, player and notes."""
     yield f'<section class="query" id="query-{index}" aria-labelledby="query-{index}-title">\n'
-    yield f'<p class="kind">Query {index + 1} of {len(data.queries)} \u00b7 {bdi(query.kind)}</p>'
+    yield f'<p class="kind">Query {index + 1} of {count} \u00b7 {bdi(kind)}</p>'
     yield f'<h2 id="query-{index}-title">{bdi(info.title or info.id)}</h2>\n'
     yield f'<div class="track">{track_details(info, with_title=False)}</div>\n'
     yield player(info, None, clips, f"query {index + 1}")
-    if query.notes:
-        notes = "".join(f"<li>{bdi(note, limit=PROSE_CHARACTERS)}</li>" for note in query.notes)
-        yield f'<ul class="notes">{notes}</ul>\n'
+    if notes:
+        items = "".join(f"<li>{bdi(note, limit=PROSE_CHARACTERS)}</li>" for note in notes)
+        yield f'<ul class="notes">{items}</ul>\n'
+
+
+def query_section(data: ReportData, index: int, clips: ClipTable) -> Iterator[str]:
+    """Yield the HTML of query ``index``, with its first ranking open and the others folded."""
+    query = data.queries[index]
+    yield from query_head(index, len(data.queries), query.info, query.kind, query.notes, clips)
     if not query.rankings:
         yield '<p class="none">No ranking was made for this query.</p>\n'
     yield '<div class="rankings">\n'
