@@ -4,6 +4,7 @@
     python bench/run.py --full --demo demo-run          the figures, into bench/results: hours on an idle machine
     python bench/run.py --full fisher unlearn           some questions
     python bench/run.py --full peers                    all that other libraries are in: about an hour; then bench/peers.py
+    python bench/run.py --quick peers                   the same on small cases, some minutes: is every library installed, does it run?
     python bench/run.py --list                          what each question is
 
 Each part is a script of its own in a process of its own; its tables go to stdout, its JSON into the folder of results. What needs a demo
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,6 +34,7 @@ class Part:
         out: name of its JSON.
         quick: its arguments with ``--quick``; None where it has no part in that.
         full: its arguments with ``--full``; None where it has no part in that.
+        peers: its arguments with ``--quick peers``; nothing where no other library is in it.
         demo: ``"needs"`` a demo, ``"takes"`` one where there is one (not with ``--quick``), or nothing.
         threads: whether it has ``--threads``.
     """
@@ -41,44 +43,49 @@ class Part:
     out: str
     quick: str | None
     full: str | None
+    peers: str = ""
     demo: str = ""
     threads: bool = True
 
 
 QUESTIONS: dict[str, tuple[str, tuple[Part, ...]]] = {
     "fisher": ("what a diagonal Fisher costs beside a plain backward pass, a loop and other libraries", (
-        Part("fisher.py", "fisher.json", "--quick --no-memory --repeat 2 --ways backward engine loop", "--peers"),
+        Part("fisher.py", "fisher.json", "--quick --no-memory --repeat 2 --ways backward engine loop", "--peers",
+             "--quick --no-memory --repeat 2 --peers"),
     )),
     "first_order": ("what gradient dot products of tracks and queries cost beside other libraries", (
-        Part("first_order.py", "first_order.json", "--quick --no-memory --repeat 2 --ways engine loop vmap", "--peers"),
+        Part("first_order.py", "first_order.json", "--quick --no-memory --repeat 2 --ways engine loop vmap", "--peers",
+             "--quick --no-memory --repeat 2 --peers"),
     )),
     "unlearn": ("what a step of unlearning costs beside plain passes and a loop", (
         Part("unlearn.py", "unlearn.json", "--quick --repeat 2", ""),
     )),
     "score": ("what scoring many queries costs, and how exact a difference is", (
-        Part("score.py", "score.json", "--quick --repeat 1 --only modes", "--only queries modes", "needs"),
+        Part("score.py", "score.json", "--quick --repeat 1 --only modes", "--only queries modes", demo="needs"),
     )),
     "stream": ("how fast latents are streamed beside memcpy and other readers", (
-        Part("stream.py", "stream.json", "--tracks 60 --repetitions 2 --only limits ours", "--peers"),
+        Part("stream.py", "stream.json", "--tracks 60 --repetitions 2 --only limits ours", "--peers",
+             "--tracks 60 --repetitions 2 --only limits ours peers --peers"),
     )),
     "kernels": ("what the kernels cost beside plain torch; on a GPU, and of their equals on a CPU", (
         Part("kernels_cpu.py", "kernels-cpu.json", "--quick --repeat 2", ""),
         Part("gpu.py", "gpu.json", None, "", threads=False),
     )),
     "index": ("which settings of an index are right, and how fast a query is", (
-        Part("index.py", "index.json", "--only speed --quick --repeat 2", "--only speed --peers"),
-        Part("index.py", "index.json", None, "--only quality", "needs", threads=False),
+        Part("index.py", "index.json", "--only speed --quick --repeat 2", "--only speed --peers",
+             "--only speed --quick --repeat 2 --peers"),
+        Part("index.py", "index.json", None, "--only quality", demo="needs", threads=False),
         Part("windows.py", "windows.json", "--quick --kinds --repeat 2", "--kinds ivf"),
     )),
     "cold": ("how long it is until something happens: imports, --help, the first result", (
-        Part("cold.py", "cold.json", "--quick", "", "takes"),
+        Part("cold.py", "cold.json", "--quick", "", demo="takes"),
     )),
     "scale": ("how time grows with tracks, frames, width, queries and processes", (
         Part("scale.py", "scale.json", "--quick", ""),
-        Part("processes.py", "processes.json", None, "", "needs", threads=False),
+        Part("processes.py", "processes.json", None, "", demo="needs", threads=False),
     )),
     "end_to_end": ("how long the whole job takes: the demo", (
-        Part("end_to_end.py", "end_to_end.json", "--quick", None, "needs"),
+        Part("end_to_end.py", "end_to_end.json", "--quick", None, demo="needs"),
         Part("end_to_end.py", "end_to_end.json", None, "--run"),
     )),
     "memory": ("how much memory each stage takes, in a process of its own", (
@@ -89,7 +96,7 @@ QUESTIONS: dict[str, tuple[str, tuple[Part, ...]]] = {
 }  # fmt: skip
 
 
-PEERS = "peers"  # stands for all parts that --full measures with other libraries
+PEERS = "peers"  # stands for all parts that other libraries are in
 
 
 def main() -> int:
@@ -122,7 +129,7 @@ def main() -> int:
     out = args.out or ROOT / ("bench-run" if args.quick else "bench/results")
     out.mkdir(parents=True, exist_ok=True)
     said, failed = [], False
-    for name, part in asked(args.questions or list(QUESTIONS)):
+    for name, part in asked(args.questions or list(QUESTIONS), args.quick):
         if (part.quick if args.quick else part.full) is None:
             continue
         line, wrong = run(name, part, args, out)
@@ -132,17 +139,16 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def asked(names: Sequence[str]) -> list[tuple[str, Part]]:
+def asked(names: Sequence[str], quick: bool) -> list[tuple[str, Part]]:
     """The questions' parts, each once, in the order of the names."""
-    every = [(name, part) for name, (_, parts) in QUESTIONS.items() for part in parts]
-    return list(
-        dict.fromkeys(
-            (name, part)
-            for one in names
-            for name, part in every
-            if name == one or (one == PEERS and "--peers" in (part.full or "").split())
-        )
-    )
+    found: list[tuple[str, Part]] = []
+    for one in names:
+        for name, part in ((name, part) for name, (_, parts) in QUESTIONS.items() for part in parts):
+            if name == one:
+                found.append((name, part))
+            elif one == PEERS and part.peers:
+                found.append((name, replace(part, quick=part.peers) if quick else part))
+    return list(dict.fromkeys(found))
 
 
 def run(name: str, part: Part, args: argparse.Namespace, out: Path) -> tuple[str, bool]:

@@ -90,6 +90,35 @@ def test_unlearning_is_compared_with_float64_before_it_is_timed(tmp_path):
     assert all(row["ratio_to"]["forward + backward"] for row in rows.values())
 
 
+@pytest.mark.parametrize("question", ["fisher", "stream", "index", "cold", "scale", "memory"])
+@pytest.mark.skipif(find_spec("stable_audio_tools") is None, reason="needs stable-audio-tools")
+def test_every_other_question_runs_and_is_right(question, tmp_path):
+    done = run(
+        "run.py",
+        question,
+        "--quick",
+        "--threads",
+        "1",
+        "--demo",
+        str(tmp_path / "no"),
+        "--out",
+        str(tmp_path),
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    said = [line for line in done.stdout.splitlines() if line.startswith(f"| {question} |")]
+    assert said and all("| done |" in line or "skipped:" in line for line in said)
+    results = list(tmp_path.glob("*.json"))
+    assert len(results) == sum("| done |" in line for line in said) > 0
+    for path in results:
+        text = path.read_text()
+        assert (
+            str(tmp_path) not in text
+            and str(ROOT) not in text
+            and '"wrong"' not in text
+            and '"failed"' not in text
+        )
+
+
 def test_a_part_that_fails_or_leaves_nothing_is_told(tmp_path):
     done = run("run.py", "unlearned", "--quick")
     assert done.returncode == 2 and "no question 'unlearned'" in done.stderr
