@@ -142,9 +142,7 @@ class Truth:
         Raises:
             UserError: no model of one of these seeds was trained on everything.
         """
-        base = {
-            int(self.seeds[m]): self.losses[m, column] for m, what in enumerate(self.what) if what == WHOLE
-        }
+        base = {int(self.seeds[m]): self.losses[m, column] for m in self.rows_of(WHOLE)}
         seeds = [int(self.seeds[m]) for m in rows]
         missing = sorted(set(seeds) - set(base))
         if missing:
@@ -153,8 +151,8 @@ class Truth:
             )
         return float(self.losses[list(rows), column].mean() / np.mean([base[s] for s in seeds]) - 1) * 100
 
-    def mean_loss(self, what: str) -> np.ndarray:
-        """Mean over the models of a kind: ``[Q]``.
+    def rows_of(self, what: str) -> list[int]:
+        """The models of a kind.
 
         Raises:
             UserError: there are none.
@@ -162,7 +160,15 @@ class Truth:
         rows = [m for m, name in enumerate(self.what) if name == what]
         if not rows:
             raise UserError(f"no model {what!r} was trained: run attr-engine retrain with it")
-        return np.asarray(self.losses[rows].mean(axis=0))
+        return rows
+
+    def mean_loss(self, what: str) -> np.ndarray:
+        """Mean over the models of a kind: ``[Q]``.
+
+        Raises:
+            UserError: there are none.
+        """
+        return np.asarray(self.losses[self.rows_of(what)].mean(axis=0))
 
     def columns(self, queries: Sequence[str]) -> np.ndarray:
         """Places of queries.

@@ -132,7 +132,7 @@ def removal_table(case: Case, truth: Truth) -> Table | None:
         return None
     known = {q.id for q in case.queries}
     seeds = {int(truth.seeds[m]) for rows in asked.values() for m in rows}
-    chance = [m for m, what in enumerate(truth.what) if what == RANDOM and int(truth.seeds[m]) in seeds]
+    chance = [m for m in truth.rows_of(RANDOM) if int(truth.seeds[m]) in seeds]
     randoms: dict[str, float] = {}
     for key, rows in asked.items():
         name, query = key.split("\n")

@@ -11,7 +11,7 @@ import torch
 
 from attr_engine.errors import UserError
 from attr_engine.fidelity import divergences
-from attr_engine.heard import decoder
+from attr_engine.heard import decoder, device_of
 from attr_engine.methods.clap import SOURCE, TransformersClap
 from attr_engine.models.protocol import Denoiser
 from attr_engine.passt import Passt
@@ -51,7 +51,7 @@ class PromptScores:
                 f"{path} is no folder: a CLAP score needs the text encoder and the tokenizer of a folder of transformers, such as "
                 "laion/larger_clap_music"
             )
-        self._clap = TransformersClap(path, str(next(model.module.parameters()).device))
+        self._clap = TransformersClap(path, device_of(model))
         self._sound = decoder(model, self._clap.extractor.sampling_rate)
         with torch.inference_mode():
             self._texts = {
@@ -89,8 +89,7 @@ class LabelShift:
         """
         if not checkpoint:
             return None
-        device = str(next(model.module.parameters()).device)
-        return cls(Passt(Path(checkpoint), device), model, out)
+        return cls(Passt(Path(checkpoint), device_of(model)), model, out)
 
     def of_pieces(
         self, name: str, made: Sequence[np.ndarray], key: str, untouched: bool

@@ -78,7 +78,7 @@ def audio_embedding(
     if not hasattr(method, "embedder"):
         fit = ", ".join(sorted(n for n, entry in METHODS.items() if hasattr(entry.make, "embedder")))
         raise UserError(f"the method {name} is no embedding of audio: use one of {fit}")
-    embedder: Embedder = method.embedder(_device(model))
+    embedder: Embedder = method.embedder(device_of(model))
     cut, sound = cut_of(embedder, method.window, method.hop, method.short), decoder(model, embedder.rate)
 
     def vector(latent: np.ndarray, what: str, width: int = 1) -> np.ndarray:
@@ -124,7 +124,8 @@ def any_embedding(
     return audio_embedding(name, model, tracks, folder, progress)
 
 
-def _device(model: Denoiser) -> str:
+def device_of(model: Denoiser) -> str:
+    """Where a model's weights are: what listens to its pieces goes there too."""
     return str(next(model.module.parameters()).device)
 
 

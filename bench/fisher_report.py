@@ -148,8 +148,7 @@ def markdown(result: Result) -> str:
 
 def _line(case: Result, row: Row) -> str:
     name = f"**{row['way']}**" if row["way"].startswith("engine") else row["way"]
-    if row["status"] != "ok":
-        reason = f"{row['status'].upper()}: {row['reason']}".replace("|", "/")
+    if reason := record.refusal(row):
         return f"| {case['tokens']} | {name} | {reason} | | | {covers(row)} | {_error(row)} |"
     loop, backward = (row.get("ratio_to", {}).get(base) for base in BASES)
     times = "" if loop is None else f"{loop['median']:.2f} ({loop['min']:.2f} to {loop['max']:.2f})"

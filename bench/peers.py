@@ -65,17 +65,10 @@ def _time(engine: Sequence[float], peer: Sequence[float], turns: bool = True) ->
     return {"median": middle, "min": min(engine) / max(peer), "max": max(engine) / min(peer)}
 
 
-def _reason(row: Result) -> str:
-    """Why a row has no figure; empty where it should have one."""
-    return (
-        "" if row["status"] == "ok" else f"{row['status'].upper()}: {row.get('reason', '')}".replace("|", "/")
-    )
-
-
 def _against(what: str, row: Result, rows: Mapping[str, Result], covers: str) -> Line:
     """A peer beside the engine on the same coverage, or on all of it where the peer covers all."""
     engine = rows.get(row.get("same_coverage") or "engine")
-    reason = _reason(row) or ("no engine beside it" if engine is None else _reason(engine))
+    reason = record.refusal(row) or ("no engine beside it" if engine is None else record.refusal(engine))
     if reason or engine is None:
         return Line(what, row["way"], covers, row.get("error"), reason=reason)
     mine, theirs = engine.get("peak_mb"), row.get("peak_mb")
@@ -106,7 +99,7 @@ def _stream(result: Result) -> Iterator[Line]:
             if row["kind"] != "peer" or engine is None:
                 continue
             what, name = f"streaming, {mine}", stream_report.label(row)
-            reason = _reason(row) or _reason(engine)
+            reason = record.refusal(row) or record.refusal(engine)
             if reason:
                 yield Line(what, name, covers, reason=reason)
                 continue

@@ -242,12 +242,16 @@ def criteria(items: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+def refusal(entry: Mapping[str, Any]) -> str:
+    """What a row says in the place of figures; empty where it is ok."""
+    return "" if entry["status"] == "ok" else f"{entry['status'].upper()}: {entry.get('reason', '')}".replace("|", "/")  # fmt: skip
+
+
 def _line(entry: Row, bases: Sequence[str], more: Sequence[str], measure: str, scale: float) -> str:
     error = "" if entry["error"] is None else f"{entry['error']:.1e}"
     head = f"| {entry['case']} | {entry['way']} |"
-    if entry["status"] != "ok":
-        shown = f"{entry['status'].upper()}: {entry.get('reason', '')}".replace("|", "/")
-        return f"{head} {shown} |{' |' * (len(bases) + len(more))} {error} |"
+    if refusal(entry):
+        return f"{head} {refusal(entry)} |{' |' * (len(bases) + len(more))} {error} |"
     shown = _shown({k: scale * v for k, v in spread(entry[measure]).items()}) if entry.get(measure) else ""
     cells = [_shown(entry.get("ratio_to", {}).get(base)) for base in bases]
     cells += [_figure(entry.get(name)) for name in more]

@@ -139,16 +139,16 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def asked(names: Sequence[str], quick: bool) -> list[tuple[str, Part]]:
-    """The questions' parts, each once, in the order of the names."""
-    found: list[tuple[str, Part]] = []
+def asked(names: Sequence[str], quick: bool = False) -> list[tuple[str, Part]]:
+    """The questions' parts, each once, in the order of the names; with other libraries where these are asked for."""
+    found: dict[tuple[str, Part], Part] = {}
     for one in names:
         for name, part in ((name, part) for name, (_, parts) in QUESTIONS.items() for part in parts):
-            if name == one:
-                found.append((name, part))
-            elif one == PEERS and part.peers:
-                found.append((name, replace(part, quick=part.peers) if quick else part))
-    return list(dict.fromkeys(found))
+            if one == PEERS and part.peers:
+                found[name, part] = replace(part, quick=part.peers) if quick else part
+            elif one == name:
+                found.setdefault((name, part), part)
+    return [(name, part) for (name, _), part in found.items()]
 
 
 def run(name: str, part: Part, args: argparse.Namespace, out: Path) -> tuple[str, bool]:

@@ -146,3 +146,7 @@ def test_peers_stands_for_the_parts_with_other_libraries_each_once(bench):
     assert [part.script for _, part in parts] == ["fisher.py", "first_order.py", "stream.py", "index.py"]
     assert all("--peers" in part.full for _, part in parts)
     assert run.asked(["index"])[0] == parts[-1] and len(run.asked(["index"])) == 3
+    small = run.asked(["fisher", "peers"], quick=True)
+    assert [part.script for _, part in small] == [part.script for _, part in parts]
+    assert all("--peers" in part.quick for _, part in small)
+    assert "--peers" not in run.asked(["fisher"], quick=True)[0][1].quick

@@ -21,6 +21,13 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
     )
 
 
+def quick(out: Path, *questions: str) -> subprocess.CompletedProcess:
+    """Some questions by the dispatcher, without a demo."""
+    return run(
+        "run.py", *questions, "--quick", "--threads", "1", "--demo", str(out / "no"), "--out", str(out)
+    )
+
+
 @pytest.fixture
 def record():
     spec = importlib.util.spec_from_file_location("bench_record", BENCH / "record.py")
@@ -46,18 +53,7 @@ def check(path: Path, tmp_path: Path) -> dict:
 
 
 def test_kernels_from_the_dispatcher(tmp_path):
-    done = run(
-        "run.py",
-        "kernels",
-        "end_to_end",
-        "--quick",
-        "--threads",
-        "1",
-        "--demo",
-        str(tmp_path / "no"),
-        "--out",
-        str(tmp_path),
-    )
+    done = quick(tmp_path, "kernels", "end_to_end")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "end_to_end | end_to_end.py | skipped:" in done.stdout and "make one with make demo" in done.stdout
     assert [p.name for p in tmp_path.iterdir()] == ["kernels-cpu.json"]
@@ -81,7 +77,7 @@ def test_kernels_from_the_dispatcher(tmp_path):
 
 @pytest.mark.skipif(find_spec("stable_audio_tools") is None, reason="needs stable-audio-tools")
 def test_unlearning_is_compared_with_float64_before_it_is_timed(tmp_path):
-    done = run("run.py", "unlearn", "--quick", "--threads", "1", "--out", str(tmp_path))
+    done = quick(tmp_path, "unlearn")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     found = check(tmp_path / "unlearn.json", tmp_path)
     rows = {row["way"]: row for row in found["rows"]}
@@ -93,17 +89,7 @@ def test_unlearning_is_compared_with_float64_before_it_is_timed(tmp_path):
 @pytest.mark.parametrize("question", ["fisher", "stream", "index", "cold", "scale", "memory"])
 @pytest.mark.skipif(find_spec("stable_audio_tools") is None, reason="needs stable-audio-tools")
 def test_every_other_question_runs_and_is_right(question, tmp_path):
-    done = run(
-        "run.py",
-        question,
-        "--quick",
-        "--threads",
-        "1",
-        "--demo",
-        str(tmp_path / "no"),
-        "--out",
-        str(tmp_path),
-    )
+    done = quick(tmp_path, question)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     said = [line for line in done.stdout.splitlines() if line.startswith(f"| {question} |")]
     assert said and all("| done |" in line or "skipped:" in line for line in said)
@@ -124,7 +110,7 @@ def test_a_part_that_fails_or_leaves_nothing_is_told(tmp_path):
     assert done.returncode == 2 and "no question 'unlearned'" in done.stderr
     blocked = tmp_path / "kernels-cpu.json"
     blocked.mkdir()
-    done = run("run.py", "kernels", "--quick", "--threads", "1", "--out", str(tmp_path))
+    done = quick(tmp_path, "kernels")
     assert done.returncode == 1 and "exit code 1" in done.stdout.splitlines()[-1]
 
 
