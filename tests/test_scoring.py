@@ -216,7 +216,7 @@ def test_a_race_that_is_interrupted_anywhere_ends_with_the_same_bits(seed, rng, 
     options = {**RACE, "score_draws": 16, "confidence": 0.99}
     passes = []
     run(seed, tmp_path / "whole", passes=passes, **options)
-    for at in rng.integers(1, len(passes), size=3):
+    for at in rng.choice(np.arange(1, len(passes)), 3, replace=False):
         out = tmp_path / str(at)
         model, tracks, own = forks.make(seed)
         predict, count = model.predict, []
