@@ -85,6 +85,7 @@ def retrain(args: argparse.Namespace) -> None:
     """Train what is missing, measure, and write the table."""
     from attr_engine import counterfactuals as c
     from attr_engine import progress
+    from attr_engine.judge import LEAST_MODELS
     from attr_engine.latents import LatentDataset
     from attr_engine.retrain import Recipe, Retrainer, default_workers, train_all
 
@@ -125,6 +126,8 @@ def retrain(args: argparse.Namespace) -> None:
     show = progress.bar("training models again", "model")
     there = sum(retrainer.path(t).exists() for t in trainings)
     print(f"{len(trainings)} models of {steps} steps, {there} of them there", file=sys.stderr)
+    if args.subsets < LEAST_MODELS:
+        print(f"note: an LDS needs --subsets {LEAST_MODELS} or more", file=sys.stderr)
     for done in train_all(retrainer, trainings, queries, args.draws, args.workers or default_workers()):
         show(done, len(trainings))
     truth = c.truth_of(retrainer, models, queries, args.draws)

@@ -11,6 +11,7 @@ from attr_engine.errors import UserError
 from attr_engine.evaluate import average_precision, self_rank
 from attr_engine.result import order_of
 
+LEAST_MODELS = 3  # of two, any rank correlation is 1 or -1
 _RESAMPLES = 4000
 
 
@@ -107,8 +108,8 @@ def lds(scores: np.ndarray, kept: np.ndarray, losses: np.ndarray) -> np.ndarray:
         raise UserError(
             f"scores {scores.shape}, tracks of models {kept.shape} and losses {losses.shape} do not fit"
         )
-    if len(kept) < 3:
-        raise UserError(f"{len(kept)} models tell no correlation: train at least 3 subsets")
+    if len(kept) < LEAST_MODELS:
+        raise UserError(f"{len(kept)} models tell no correlation: train at least {LEAST_MODELS} subsets")
     return spearman(scores @ kept.T.astype(np.float64), -losses.T)
 
 

@@ -147,3 +147,8 @@ def test_what_cannot_be_used_gets_one_sentence(arguments, sentence, capsys, tmp_
 def test_groups_that_do_not_exist_are_told(place, capsys):
     assert retrain(place, "--leave-out", "label") == 2
     assert "share a 'label'" in capsys.readouterr().err
+
+
+def test_too_few_halves_for_a_correlation_are_told_before_training(place, capsys):
+    assert retrain(place, "--subsets", "2", "--seeds", "1") == 0
+    assert "an LDS needs --subsets 3 or more" in capsys.readouterr().err
