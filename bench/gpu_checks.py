@@ -193,8 +193,10 @@ def check_rows(bench: Bench, kind: str, inner: str) -> None:
     if inner == "channels":
         ulps = _ulps(kernels.noise(keys, channels, frames).cpu(), e64.float())
         equal = float((ulps == 0).double().mean())
+        # One element in 10^8 is rounded the other way, and of few elements one is more than 1 in 10^4.
+        near = int((ulps != 0).sum()) <= max(1, 1e-4 * ulps.numel()) and int(ulps.max()) <= 2
         bench.check("K2", f"{kind}: noise", "float32", f"{rows}x{channels}x{frames}",
-                    equal > 0.9999 and int(ulps.max()) <= 2, equal=equal, most_ulps=int(ulps.max()))  # fmt: skip
+                    near, equal=equal, most_ulps=int(ulps.max()))  # fmt: skip
     alpha, sigma = (f(t * (math.pi / 2))[:, None, None] for f in (torch.cos, torch.sin))
     for name, dtype in DTYPES.items():
         x, prediction = (bench.normal(rows, frames, channels, dtype=dtype).mT for _ in range(2))

@@ -1,4 +1,4 @@
-"""Seeds: fresh ones in every run, named where a test fails; ATTR_TEST_SEED repeats a run."""
+"""Seeds: fresh ones in every run, named where a test fails; ATTR_TEST_SEED repeats a run, --seeds tries many in one."""
 
 import hashlib
 import os
@@ -16,6 +16,17 @@ sys.path.insert(0, str(Path(__file__).parent))  # helpers.py and naive.py
 SEED = int(os.environ.setdefault("ATTR_TEST_SEED", str(int.from_bytes(os.urandom(4), "little"))))
 
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seeds", type=int, default=1, help="run each test that draws its input so many times")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    count = metafunc.config.getoption("--seeds")
+    if count > 1 and "seed" in metafunc.fixturenames:  # rng takes it
+        metafunc.fixturenames.append("nth_seed")
+        metafunc.parametrize("nth_seed", range(count))
 
 
 def pytest_report_header() -> str:

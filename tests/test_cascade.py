@@ -68,11 +68,13 @@ def test_candidates_may_race(setting, tmp_path, monkeypatch):
     undecided = Race.undecided
     decided = []
 
-    def first_round_decides_nothing(self, means, errors, draws, reference):
+    def first_round_decides_nothing_and_the_second_something(self, means, errors, draws, reference):
         decided.append(undecided(self, means, errors, draws, reference))
-        return np.where(np.isfinite(decided[-1]) & (draws == 2), 0.0, decided[-1])
+        near = np.where(np.isfinite(decided[-1]) & (draws == 2), 0.0, decided[-1])
+        near[np.flatnonzero(draws == 4)[-1:]] = 2.0
+        return near
 
-    monkeypatch.setattr(Race, "undecided", first_round_decides_nothing)
+    monkeypatch.setattr(Race, "undecided", first_round_decides_nothing_and_the_second_something)
     race = {
         "top": 1,
         "race_draws": 2,

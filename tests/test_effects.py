@@ -92,9 +92,9 @@ def test_a_tied_parameter_carries_its_tangent_wherever_it_is_used(setting):
         updates[0], delta={n: v for n, v in updates[0].delta.items() if "layers.1.self_attn.to_out" not in n}
     )
     found = measure_tangents(model, batch, [lambda: update], plan, 2)
-    small = scaled(update, 1e-4 / update.strength)
+    small = scaled(update, 1e-6 / update.strength)  # the difference errs in proportion
     expected = measure_tangents(model, batch, [lambda: small], plan, 2, way="difference")
-    assert naive.relative_error(found.curvature, expected.curvature) < 1e-2
+    assert naive.relative_error(found.curvature, expected.curvature) < 1e-3
     assert layers[1].self_attn.to_out.weight is layers[0].self_attn.to_out.weight
 
 

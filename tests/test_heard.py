@@ -46,7 +46,8 @@ def test_it_is_the_mean_over_windows_of_what_the_decoder_gives(world, rng, tmp_p
     made = [rng.normal(size=(3, n)).astype(np.float32) for n in (4, 10, 7)]
     values = found.of_latents(made)
     np.testing.assert_allclose(values, by_hand(model, made), rtol=1e-5, atol=1e-6)
-    assert np.ptp(values, axis=0).min() > 0
+    # The third number counts samples, and may be the same.
+    assert np.ptp(values[:, :2], axis=0).min() > 0
     # What is kept serves again, though the decoder is gone; a broken piece has no vector.
     made[1][0, 0] = np.nan
     lost = found.of_latents(made)

@@ -21,6 +21,7 @@ def test_spearman_is_scipys_with_ties(rng):
 
 def test_lds_of_the_true_influences_is_one_and_of_their_opposite_minus_one(rng):
     truth, kept = rng.normal(size=(4, 30)), rng.random((20, 30)) < 0.5
+    kept[:, :5] = np.arange(20)[:, None] >> np.arange(5) & 1  # no two subsets are the same, which would tie
     losses = -(truth @ kept.T.astype(float)).T
     assert judge.lds(truth, kept, losses) == pytest.approx(np.ones(4))
     assert judge.lds(-truth, kept, losses) == pytest.approx(-np.ones(4))
@@ -91,13 +92,15 @@ def test_collapse_is_seen_where_every_query_has_one_answer_and_not_where_answers
     one = judge.collapse(np.tile(rng.normal(size=50), (8, 1)) + 1e-9 * rng.normal(size=(8, 50)))
     assert (one.correlation, one.first_energy, one.hub_share) == pytest.approx((1, 1, 1), abs=1e-3)
     other = judge.collapse(rng.normal(size=(40, 400)))
-    assert abs(other.correlation) < 0.05 and other.first_energy < 0.1 and other.hub_share < 0.25
+    assert abs(other.correlation) < 0.05 and other.first_energy < 0.1
+    # Binomial(40, 10 / 400) for each of 400 tracks: 14 hits or more of any are one in 1e10 runs.
+    assert other.hub_share < 14 / 40
     with pytest.raises(UserError, match="several queries"):
         judge.collapse(rng.normal(size=(1, 5)))
 
 
 def test_the_hub_is_the_track_that_most_queries_name(rng):
-    scores = rng.normal(size=(10, 60))
+    scores = rng.normal(size=(10, 2000))  # so many that no other is named 7 times by chance
     scores[:7, 23] += 100
     found = judge.collapse(scores, k=3)
     assert found.hub == 23 and found.hub_share >= 0.7

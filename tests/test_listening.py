@@ -127,8 +127,10 @@ def pitch(audio: np.ndarray) -> float:
 def random_draws(rng: np.random.Generator, queries: int, tracks: int, copies=None):
     names, ids = [f"q{i}" for i in range(queries)], [f"t{i}" for i in range(tracks)]
     scores = {name: rng.normal(size=(queries, tracks)) for name in ("lead", "random", "table")}
-    for values in scores.values():
-        values[rng.random(values.shape) < 0.1] = np.nan
+    for (
+        values
+    ) in scores.values():  # the last three are measured, so that every query has a top, without copies too
+        values[:, :-3][rng.random((queries, tracks - 3)) < 0.1] = np.nan
     alike = {t: frozenset([t]) for t in ids} | (copies or {})
     controls = {n: scores[n] for n in ("random", "table")}
     return names, ids, scores, alike, Draws(names, ids, scores["lead"], controls, alike, rng)
@@ -166,7 +168,8 @@ def test_a_training_track_is_never_compared_with_itself_or_its_copy(rng):
     draws = Draws(["t0"], ids, lead, {"random": control, "table": control}, copies, rng)
     assert draws.same == {"random": 0, "table": 0}
     assert {(p.target, p.other) for p in draws.pairs(1, lambda _: True)} == {(2, 3)}
-    assert {p.other for p in draws.catches(40, lambda _: True)} == {2, 3}
+    # 60 fair choices: one of the two is missing once in 2^59 runs.
+    assert {p.other for _ in range(3) for p in draws.catches(40, lambda _: True)} == {2, 3}
 
 
 def test_ranks_of_stages_are_kept_and_what_was_not_measured_is_not_retrieved():
@@ -203,9 +206,9 @@ def test_sides_are_fair_coins_and_independent(seed):
         trials, _ = arranged(pairs, [], 0, ["q"], ["t0", "t1"], np.random.default_rng([seed, i]))
         sides.append([t.target == "A" for t in trials])
     both = np.array(sides, dtype=float)
-    # Five standard deviations of 2000 fair coins; of their correlation.
-    assert np.abs(both.mean(axis=0) - 0.5).max() < 5 * 0.5 / np.sqrt(2000)
-    assert abs(np.corrcoef(both.T)[0, 1]) < 5 / np.sqrt(2000)
+    # Seven standard deviations of 2000 fair coins, and of their correlation: beyond are 2 exp(-7^2 / 2) (Hoeffding).
+    assert np.abs(both.mean(axis=0) - 0.5).max() < 7 * 0.5 / np.sqrt(2000)
+    assert abs(np.corrcoef(both.T)[0, 1]) < 7 / np.sqrt(2000)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from attr_engine.pipeline import FISHER
 from attr_engine.runs import TIMINGS, Run, open_run
 from attr_engine.scoring import EFFECTS
 from attr_engine.tensorfile import load_tensors
+from attr_engine.units import held
 
 KEYS = {"time", "rank", "stage", "state", "done", "total", "unit", "seconds", "seconds_left"}
 
@@ -164,8 +165,16 @@ def test_further_processes_have_files_of_their_own(tmp_path, monkeypatch):
     assert read_status(tmp_path / "nowhere") == {}
 
 
+def both_end(folder, stage):
+    """Wait until two processes have ended a stage."""
+    end = time.monotonic() + 120
+    while any(read_status(folder, k).get(stage, {}).get("state") != "finished" for k in range(2)):
+        assert time.monotonic() < end, stage
+        time.sleep(0.02)
+
+
 def test_processes_that_share_a_run_say_what_all_have_done(seed, tmp_path):
-    here = Path(__file__).parent
+    here, locks = Path(__file__).parent, tmp_path / "run" / "locks"
     processes = [
         subprocess.Popen(
             [sys.executable, str(here / "worker.py"), str(tmp_path / "run"), str(seed), '{"unit_tracks": 1}', "0.01"],
@@ -176,9 +185,15 @@ def test_processes_that_share_a_run_say_what_all_have_done(seed, tmp_path):
     ]  # fmt: skip
     for process in processes:
         assert process.stdout.readline() == "ready\n"
-    for process in processes:
-        process.stdin.write("go\n")
-        process.stdin.flush()
+    # A stage whose result is there is not entered, so nobody may make it before both were in the stage.
+    with held(locks / "score.lock") as score:
+        with held(locks / "fisher.lock") as fisher:
+            assert score and fisher
+            for process in processes:
+                process.stdin.write("go\n")
+                process.stdin.flush()
+            both_end(tmp_path / "run", "fisher")
+        both_end(tmp_path / "run", "score")
     assert [p.communicate(timeout=120)[1] for p in processes] == ["", ""], "no bars, no warnings"
     for rank in range(2):
         for stage, total in (("fisher", 6), ("unlearn", 6), ("score", 6)):
@@ -368,9 +383,22 @@ def test_a_run_can_be_followed_from_other_threads(world, tmp_path, monkeypatch):
     monkeypatch.setattr(follow, "_SECONDS_BETWEEN_LOOKS", 0.01)
     model, tracks, queries = world
     predict = model.predict
-    model.predict = lambda *a: (time.sleep(0.002), predict(*a))[1]
     found = {k: [] for k in range(3)}
-    states, problems, over = [], [], threading.Event()
+    states, problems, over, seen = [], [], threading.Event(), threading.Event()
+
+    def is_scoring(state):
+        return state.get("score") == "running"
+
+    def status():
+        return {stage: line["state"] for stage, line in read_status(tmp_path).items()}
+
+    def slow(*arguments):
+        time.sleep(0.002)
+        if is_scoring(status()):
+            seen.wait(60)  # the scoring goes on once it was seen, however late a thread gets its turn
+        return predict(*arguments)
+
+    model.predict = slow
 
     def read(k):
         try:
@@ -381,10 +409,14 @@ def test_a_run_can_be_followed_from_other_threads(world, tmp_path, monkeypatch):
     def watch():
         try:
             while not over.is_set():
-                states.append({s: line["state"] for s, line in read_status(tmp_path).items()})
+                states.append(status())
+                if is_scoring(states[-1]):
+                    seen.set()
                 time.sleep(0.005)
         except BaseException as error:
             problems.append(error)
+        finally:
+            seen.set()
 
     threads = [threading.Thread(target=read, args=(k,)) for k in found] + [threading.Thread(target=watch)]
     for thread in threads:
@@ -396,7 +428,7 @@ def test_a_run_can_be_followed_from_other_threads(world, tmp_path, monkeypatch):
     assert not problems
     for units in found.values():
         check_units(units, effects_of(tmp_path), 6)
-    assert any(state.get("score") == "running" for state in states)
+    assert any(map(is_scoring, states))
     assert list(finished_units(tmp_path / "none", follow=True, cancel=CancelAt(3))) == []
 
 

@@ -138,8 +138,11 @@ def test_a_directory_that_cannot_be_written_is_refused(process, seed, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"), open_run(tmp_path / "file" / "run", Settings()):
         pass
-    if os.geteuid() == 0 and not all(p.stat().st_mode & 0o001 for p in Path(os.__file__).resolve().parents):
-        pytest.skip("root may write anywhere, and another user cannot read this Python's library")
+    files = [Path(x).resolve() for x in (os.__file__, forks.__file__, f"{tempfile.gettempdir()}/run")]
+    if os.geteuid() == 0 and not all(p.stat().st_mode & 0o001 for file in files for p in file.parents):
+        pytest.skip(
+            "root may write anywhere, and another user cannot get to this Python's library or this folder"
+        )
     base = Path(tempfile.mkdtemp(prefix="attr-engine-test-"))
     try:
         base.chmod(0o755)
@@ -435,9 +438,10 @@ def test_batches_and_order_of_a_stable_audio_model(seed, rng, tmp_path, measured
     pytest.importorskip("stable_audio_tools")
     model = helpers.tiny_stable_audio(seed, torch.float32, objective="v", global_cond="prepend", patch=4)
     tracks, queries = helpers.make_tracks(rng, 32, 3, 16), helpers.make_tracks(rng, 1, 3, 16, "q")
-    # One swap of neighbours among 32 tracks is 0.9996.
+    # A swap of neighbours among 32 tracks takes 6 * 2 / (32^3 - 32) = 0.00037. Scores differ by about 2e-5 of the mean gap
+    # between neighbours, so a swap is seen in about one of 2000 rankings, and three in one in about one of 1e10 runs.
     compare_batches(
-        in_every_batch(model, tracks, queries, rng, tmp_path, {1: 8, 16: 32}), 1e-6, 0.9996, measured
+        in_every_batch(model, tracks, queries, rng, tmp_path, {1: 8, 16: 32}), 1e-6, 0.9992, measured
     )
 
 

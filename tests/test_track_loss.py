@@ -105,8 +105,9 @@ def test_other_labels_are_of_tracks_conditioned_otherwise_and_all_of_them_come_u
 
 
 def test_tracks_at_the_ceiling_are_left_alone_and_the_others_move_as_if_these_were_flat(loss):
-    start, values = weights(loss), track_losses(loss, range(6), 6)
-    loss.ceiling = float(values.min()) / 2
+    start = weights(loss)
+    # Of the very draws that the three steps have: on others a loss may be smaller by any factor.
+    loss.ceiling = min(float(loss.losses([0, 1, 2], step).detach().min()) for step in (1, 2, 3)) / 2
     for optimizer in ("sgd", "adam"):
         ascent(loss, [0, 1, 2], ForgetSettings(steps=3, lr=1e-2, optimizer=optimizer))
         assert same(start, weights(loss))

@@ -124,7 +124,7 @@ def test_a_stopped_process_keeps_its_unit_and_the_others_wait_for_it(tmp_path):
             other.send_signal(signal.SIGCONT)
 
     run_units(paths, lambda i: (seen.append(i), paths[i].touch()), None, tmp_path / "lock", progress)
-    assert seen == [0, 2] and other.wait(10) == 0, "it went on with its unit, and nobody else did that one"
+    assert seen == [0, 2] and other.wait(600) == 0, "it went on with its unit, and nobody else did that one"
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
@@ -277,8 +277,9 @@ class Workers:
         for process in self.processes:
             assert process.stdout.readline() == "ready\n", process.stderr.read()
 
-    def go(self) -> None:
-        for process in self.processes:
+    def go(self, *which: int) -> None:
+        """Start some of them, or all."""
+        for process in [self.processes[i] for i in which] or self.processes:
             process.stdin.write("go\n")
             process.stdin.flush()
 
@@ -286,7 +287,7 @@ class Workers:
         """What the processes that were not killed say, but for one that ends with the error ``failed``."""
         out = []
         for process in self.processes:
-            line, errors = process.communicate(timeout=120)
+            line, errors = process.communicate(timeout=600)
             if failed and failed in errors:
                 assert process.returncode == 1
                 failed = ""
@@ -321,12 +322,16 @@ def test_several_processes_give_the_bits_of_one(seed, tmp_path):
 
 
 def test_a_slow_process_holds_nobody_up(seed, tmp_path):
-    changes = {"unit_tracks": 1, "rows": 2}
-    workers = Workers(tmp_path / "shared", seed, [0.1, 0.0], **changes)
+    changes, start = {"unit_tracks": 1, "rows": 2}, time.monotonic()
+    expected = alone(seed, tmp_path / "alone", **changes)
+    # A pass of the slow one takes five times as long as one of these 99, however busy the machine is.
+    workers = Workers(
+        tmp_path / "shared", seed, [max(0.1, 4 * (time.monotonic() - start) / 99), 0.0], **changes
+    )
     workers.go()
     slow, fast = workers.results()
     assert slow["passes"] < fast["passes"]
-    assert forks.bits(tmp_path / "shared") == alone(seed, tmp_path / "alone", **changes)
+    assert forks.bits(tmp_path / "shared") == expected
 
 
 def test_killed_workers_are_replaced_and_the_bits_stay(seed, rng, tmp_path):
@@ -343,12 +348,12 @@ def test_killed_workers_are_replaced_and_the_bits_stay(seed, rng, tmp_path):
             workers.processes[1].kill()
             workers.processes[2].kill()
         workers.results()
-    assert Workers(out, seed, [0.0]).processes[0].communicate("go\n", timeout=120)
+    assert Workers(out, seed, [0.0]).processes[0].communicate("go\n", timeout=600)
     assert forks.bits(out) == reference
 
 
 def test_a_process_that_does_not_belong_to_them_is_refused(seed, tmp_path):
-    workers = Workers(tmp_path / "shared", seed, [0.2, 0.2])
+    workers = Workers(tmp_path / "shared", seed, [600.0, 600.0])  # they are there until they are killed
     workers.go()
     while not (tmp_path / "shared" / "config.json").exists():
         time.sleep(0.01)
@@ -360,9 +365,15 @@ def test_a_process_that_does_not_belong_to_them_is_refused(seed, tmp_path):
 
 
 def test_a_unit_that_failed_in_one_process_is_done_by_another(seed, rng, tmp_path):
-    at = ("fail", str(rng.integers(6, 30)), str(tmp_path / "flag"))
-    workers = Workers(tmp_path / "shared", seed, [0.0, 0.02], more=at)
-    workers.go()
+    flag = tmp_path / "flag"
+    workers = Workers(
+        tmp_path / "shared", seed, [0.0, 0.0], more=("fail", str(rng.integers(6, 30)), str(flag))
+    )
+    # Both at once, the other might leave the first one fewer passes than it takes to fail.
+    workers.go(0)
+    while not flag.exists() and workers.processes[0].poll() is None:
+        time.sleep(0.01)
+    workers.go(1)
     (other,) = workers.results(failed="this process had enough")
     # Rank 0 writes the tables; the same command does what is left.
     assert (
@@ -393,5 +404,6 @@ def test_torchrun_starts_killed_workers_again(seed, rng, tmp_path):
         env={**os.environ, "PYTHONPATH": package, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "flag").exists() and done.stdout.count("ready") == 4
+    # One of the two makes 40 of the 99 passes. The other may be ended before it is ready.
+    assert (tmp_path / "flag").exists() and done.stdout.count("ready") in (3, 4)
     assert forks.bits(tmp_path / "shared") == alone(seed, tmp_path / "alone")

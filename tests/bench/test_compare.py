@@ -53,7 +53,8 @@ def test_no_change_within_the_spread_whatever_the_machine_does(compare, rng):
 
 
 def test_worse_and_better_beyond_the_spread(compare, rng):
-    noise = lambda: list(rng.uniform(1.98, 2.02, 5))  # noqa: E731
+    # Both ends are there, so that the spread is 0.04, which no two medians between them are apart.
+    noise = lambda: list(rng.permutation([1.98, *rng.uniform(1.985, 2.015, 3), 2.02]))  # noqa: E731
     shifted = lambda by: [x + by for x in noise()]  # noqa: E731
     old = result({"a": noise(), "b": noise(), "c": noise()})
     new = result({"a": shifted(0.2), "b": shifted(-0.2), "c": noise()}, list(rng.uniform(0.5, 5.0, 5)))

@@ -224,6 +224,8 @@ def test_a_shard_that_may_not_be_read_is_refused_by_name(write, reader, source):
     top = Path(tempfile.mkdtemp())  # the folders of pytest are closed to other users
     try:
         top.chmod(0o755)
+        if not all(parent.stat().st_mode & 0o001 for parent in top.resolve().parents):
+            pytest.skip("other users do not reach the temporary folder")
         write(top / "set", shard_bytes=1)
         (top / "set" / "shard-00002.safetensors").chmod(0)
         stream = in_child(

@@ -271,12 +271,12 @@ def test_arrays_from_a_folder_and_from_an_archive_are_the_same_set(tmp_path):
 @pytest.mark.parametrize(
     "content", ["empty", "text", "one array", "cut", "damaged", "pickle", "no array", "bytes"]
 )
-def test_a_bad_archive_is_refused_by_name(tmp_path, content):
+def test_a_bad_archive_is_refused_by_name(tmp_path, rng, content):
     path = tmp_path / "bad.npz"
     np.savez(path, a=latent(100))
     data = path.read_bytes()
     if content in ("empty", "text", "bytes"):
-        path.write_bytes({"empty": b"", "text": b"hello", "bytes": os.urandom(500)}[content])
+        path.write_bytes({"empty": b"", "text": b"hello", "bytes": rng.bytes(500)}[content])
     elif content == "one array":
         with open(path, "wb") as file:
             np.save(file, latent(4))

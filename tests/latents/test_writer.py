@@ -17,10 +17,12 @@ from attr_engine.latents.manifest import MANIFEST
 GOOD = np.zeros((4, 3), dtype=np.float32)
 
 
-def write_forty(folder):
-    """Write 40 tracks, those that are not there yet, and close."""
+def write_forty(folder, stop=None):
+    """Write 40 tracks, those that are not there yet, and close; before track ``stop`` wait to be killed."""
     writer = LatentWriter(folder, shard_bytes=150, extra={"rate": 1})
     for i in range(40):
+        while i == stop:
+            signal.pause()
         rng = np.random.default_rng(i)
         if not writer.has(f"t{i}"):
             latent = rng.normal(size=(4, 1 + i % 7)).astype(np.float16)
@@ -210,8 +212,10 @@ def test_a_writer_killed_anywhere_is_finished_by_the_same_writer_run_again(tmp_p
     for number in range(25):
         folder = tmp_path / str(number)
         folder.mkdir()
-        for _ in range(3):
-            kills += in_child(lambda: write_forty(folder), rng.uniform(0, needed)) is None  # noqa: B023
+        for attempt in range(3):
+            # Any run can be done before its moment comes, but not one that waits to be killed.
+            stop = int(rng.integers(40)) if number % 5 == attempt == 0 else None
+            kills += in_child(lambda: write_forty(folder, stop), rng.uniform(0, needed)) is None  # noqa: B023
             before = contents(folder)
             if MANIFEST in before:
                 break
@@ -221,7 +225,7 @@ def test_a_writer_killed_anywhere_is_finished_by_the_same_writer_run_again(tmp_p
         else:
             assert in_child(lambda: write_forty(folder)) == ""  # noqa: B023
         assert contents(folder) == whole
-    assert kills
+    assert kills >= 5
 
 
 def test_a_writer_takes_over_whole_shards_and_nothing_else(write, tmp_path):

@@ -49,7 +49,8 @@ def test_tiny_windows_and_odd_ones_are_finite(rng, samples):
 def test_loudness_does_not_count(rng):
     x = clicks(rng, 100)[None] + tone(440, 6.0)
     features = Features()
-    np.testing.assert_allclose(features.embed(0.01 * x), features.embed(x), atol=1e-3)
+    # By a power of two, which no rounding sees: the share of frames above their mean jumps where one of them passes it.
+    np.testing.assert_array_equal(features.embed(x / 128), features.embed(x))
 
 
 def test_harmony_is_the_pitch_class(rng):

@@ -61,7 +61,8 @@ def test_tracin_is_the_inner_product_of_mean_gradients(normalised, gradients, se
     error = naive.relative_error(found, (q @ g.T)[[2, 0, 1]])
     measured("relative_error", error)
     assert error < 1e-9
-    np.testing.assert_allclose(fitted.score(asked(queries)[1:2])[0], found[1], rtol=1e-9)
+    # Beside the largest: rounding is relative to the lengths of the gradients, and a single product may be almost 0.
+    assert np.abs(fitted.score(asked(queries)[1:2])[0] - found[1]).max() < 1e-12 * np.abs(found).max()
 
 
 def test_tracin_holds_as_many_queries_as_there_is_room_for(setting, tmp_path, monkeypatch):
@@ -70,7 +71,7 @@ def test_tracin_holds_as_many_queries_as_there_is_room_for(setting, tmp_path, mo
     together = method.fit(model, tracks, Workspace(tmp_path / "a", s)).score(asked(queries))
     monkeypatch.setattr(module, "DIRECTION_BYTES", 1)
     one = method.fit(model, tracks, Workspace(tmp_path / "b", s)).score(asked(queries))
-    np.testing.assert_allclose(one, together, rtol=1e-12)
+    assert naive.relative_error(one, together) < 1e-12
 
 
 def ridge_of(model, tracks, queries, s, function, unit) -> tuple[np.ndarray, ...]:
@@ -93,7 +94,7 @@ def test_trak_is_kernel_ridge_over_whole_gradients(name, function, setting, tmp_
     error = naive.relative_error(found, expected)
     measured("relative_error", error)
     assert error < 1e-5  # rows of an index are float32
-    np.testing.assert_allclose(fitted.score(asked(queries)[:1])[0], found[0], rtol=1e-5, atol=1e-7)
+    assert naive.relative_error(fitted.score(asked(queries)[:1])[0], found[0]) < 1e-5
 
 
 @pytest.mark.parametrize("squared", [False, True])

@@ -64,7 +64,8 @@ def test_scores_are_those_of_tokens_one_at_a_time(masked, seed, rng, tmp_path, m
     error = naive.relative_error(found, expected(model, tracks, queries, s, 0.02)[[1, 2, 0]])
     measured("relative_error", error)
     assert error < 1e-9
-    np.testing.assert_allclose(fitted.score([Query(queries, 0, "")])[0], found[2], rtol=1e-9)
+    # Beside the largest: a score is a sum with both signs, and may be almost 0.
+    assert np.abs(fitted.score([Query(queries, 0, "")])[0] - found[2]).max() < 1e-12 * np.abs(found).max()
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -118,7 +119,7 @@ def test_components_of_a_patch_belong_to_its_token(seed, rng, tmp_path):
     handle.remove()
     mean_f = torch.stack([f.mean(dim=0) for f, _ in points["update"]]).mean(dim=0)
     each = torch.stack([(r.mean(dim=1, keepdim=True) * f).sum(dim=0) @ mean_f for f, r in points["score"]])
-    np.testing.assert_allclose(found[0], each.reshape(3, 4).sum(dim=1) / (1e-3 * 3 * 4 * 4), rtol=1e-7)
+    assert naive.relative_error(found[0], each.reshape(3, 4).sum(dim=1) / (1e-3 * 3 * 4 * 4)) < 1e-7
 
 
 def test_the_target_is_made_again_where_it_is_not_kept(seed, rng):

@@ -49,8 +49,9 @@ def test_the_nearest_tracks_are_the_best_scores(rng, seed, tmp_path):
     fitted = fit_similarity(Projection(seed), tracks, Workspace(tmp_path / "work"), hop=0.05)
     scores = fitted.score([Query(queries, 0, "")])[0]
     found, values = fitted.nearest(Query(queries, 0, ""), 5)
-    assert found.tolist() == np.argsort(-scores)[:5].tolist()
+    assert len(set(found)) == 5
     np.testing.assert_allclose(values, scores[found], atol=1e-6)
+    np.testing.assert_allclose(values, np.sort(scores)[:-6:-1], atol=1e-6)  # two may be equal in float32
     assert len(fitted.nearest(Query(queries, 0, ""), 99)[0]) == 30
 
 

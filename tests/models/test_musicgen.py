@@ -119,7 +119,8 @@ def test_other_texts_are_taken_where_labels_say_so(model, rng):
     swapped.labels = [loss.labels[i] for i in (2, 1, 3, 0)]
     found = loss.losses([0, 2, 3], 0, [2, 3, 0])
     assert torch.equal(found, swapped.losses([0, 2, 3], 0))
-    assert (found - loss.losses([0, 2, 3], 0)).abs().min() > 1e-9
+    # With the same texts they are the same bits; with others they may be as near as it happens.
+    assert (found != loss.losses([0, 2, 3], 0)).all()
 
 
 def write_music(
@@ -153,10 +154,10 @@ def test_ingest_writes_the_codes_of_the_models_own_encoder(tmp_path, rng, seed, 
     assert tracks.ids == ["a.wav", "b.wav", "c.wav"] and tracks.lengths.tolist() == [LONGEST, 9, 14]
     model = load_musicgen(folder)
     found = tracks.batch([0], LONGEST).latents[0]  # as long as the model takes: nothing is put behind its end
-    for side in range(clips[0].shape[1]):
-        with torch.no_grad():
-            wanted = model.model.audio_encoder.encode(torch.from_numpy(clips[0][None, None, :, side]))
-        codes = wanted.audio_codes[0, 0]
+    # Both sides at once: rounding, which may choose between two codes, differs with the number of rows.
+    with torch.no_grad():
+        wanted = model.model.audio_encoder.encode(torch.from_numpy(clips[0].T.copy())[:, None]).audio_codes[0]
+    for side, codes in enumerate(wanted):
         assert len(codes[0].unique()) > 1
         np.testing.assert_array_equal(found[side :: clips[0].shape[1]], codes)
     assert MusicGenLoss(model, tracks).labels[1] == f"{WORDS[1]} {WORDS[0]}"

@@ -67,8 +67,7 @@ def test_a_long_clip_is_encoded_in_pieces():
     assert encode_clip(audio, 22051)[0] == "audio/ogg"
 
 
-def test_peaks_are_the_extremes_of_each_stretch_over_all_channels():
-    rng = np.random.default_rng(np.random.SeedSequence().entropy)
+def test_peaks_are_the_extremes_of_each_stretch_over_all_channels(rng):
     audio = rng.normal(size=(2, 1000)).astype(np.float32)
     peaks = waveform_peaks(audio, 7)
     assert (peaks.shape, peaks.dtype) == ((7, 2), np.float32)

@@ -212,8 +212,7 @@ def test_shares_and_everything_else_sum_to_100_percent_as_printed(report, render
         assert sum(round(1e4 * float(text)) for text in printed) == 1_000_000
 
 
-def test_percentages_sum_exactly_for_any_parts():
-    rng = np.random.default_rng(np.random.SeedSequence().entropy)
+def test_percentages_sum_exactly_for_any_parts(rng):
     for scale in (1.0, 1e-2, 1e-4, 1e-9):
         parts = rng.dirichlet(np.full(11, 0.3))[:10] * scale
         printed = percentages([*parts, 1 - parts.sum()])

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 OBJECTIVES = ("v", "rectified_flow")
-SHAPES = [(1, 1, 12), (3, 5, 37), (2, 64, 19), (2, 70, 9), (1, 3, 200)]
+# The first has one channel and lies within a tile; of a few frames the loss may be a difference of almost equal numbers.
+SHAPES = [(1, 1, 60), (3, 5, 37), (2, 64, 19), (2, 70, 9), (1, 3, 200)]
 
 
 @jit
@@ -61,8 +62,13 @@ def test_noise_is_the_references(shape, rng, measured):
     ones = torch.ones(shape[0], dtype=torch.float64)
     e = noised(torch.zeros(shape), keys, ones, "rectified_flow")  # nothing but noise
     wanted = reference.noise(keys, *shape[1:])
-    measured("noise not equal", (e != wanted).double().mean())
-    assert (e == wanted).double().mean() > 0.999 and oracles.error(e, wanted.double()) < 1e-8
+    other = e != wanted
+    measured("noise not equal", other.double().mean())
+    # Where the last bit of a float64 decides how a float32 is rounded, one element in 10^8, the neighbour is taken:
+    # two such among 2432 are one in 10^9.
+    assert other.sum() <= 1
+    neighbours = torch.nextafter(wanted, e)
+    assert torch.equal(e, neighbours)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
