@@ -131,6 +131,13 @@ def retrain(args: argparse.Namespace) -> None:
     for done in train_all(retrainer, trainings, queries, args.draws, args.workers or default_workers()):
         show(done, len(trainings))
     truth = c.truth_of(retrainer, models, queries, args.draws)
+    gone = c.dropped(out, truth)
+    if gone:
+        print(
+            f"note: the table no longer has {gone[0]!r}{f' and {len(gone) - 1} more' * (len(gone) > 1)}: it is of this call; the models "
+            "are kept, so ask for everything together to have it again",
+            file=sys.stderr,
+        )
     truth.save(out)
     _print_ceiling(truth)
     print(f"losses of {len(truth.queries)} queries under {len(models)} models: {out / c.LOSSES_FILE}")

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from attr_engine.errors import UserError
+from attr_engine.evaluate import families_of
 from attr_engine.files import whole_file
 from attr_engine.latents import LatentDataset
 from attr_engine.latents.batch import Tracks
@@ -58,13 +59,16 @@ def whole(seeds: int) -> list[Model]:
 def without_groups(tracks: Tracks, column: str, most: int, seeds: int) -> list[Model]:
     """Each of the largest groups left out, of those with more than one track.
 
+    A splice, whose family is ``"fam03+fam10"``, is of both families.
+
     Raises:
         UserError: no two tracks share a value of the column.
     """
     members: dict[str, list[int]] = {}
     for i, info in enumerate(tracks.info):
-        if info.get(column):
-            members.setdefault(str(info[column]), []).append(i)
+        for name in families_of(info) if column == "family" else [str(info.get(column) or "")]:
+            if name:
+                members.setdefault(name, []).append(i)
     sizes = Counter({name: len(some) for name, some in members.items() if len(some) > 1})
     if not sizes:
         raise UserError(
@@ -135,6 +139,18 @@ class Truth:
         if not rows:
             raise UserError("no random half was trained with every seed: run attr-engine retrain to its end")
         return self.kept[[r[0] for r in rows]], self.losses[np.array(rows).T]
+
+    def check(self, tracks: Tracks) -> None:
+        """Refuse models of other tracks.
+
+        Raises:
+            UserError: the models were trained on parts of another data set.
+        """
+        if list(self.tracks) != list(tracks.ids):
+            raise UserError(
+                f"the retrained models are of other training tracks ({len(self.tracks)}, from {self.tracks[0]!r} on) than the scores "
+                f"({len(tracks)}, from {tracks.ids[0]!r} on): retrain on the data that was scored"
+            )
 
     def rise(self, rows: Sequence[int], column: int) -> float:
         """How much higher the loss of a query is under some models than under those of the same seeds that saw every track, in percent.
@@ -232,6 +248,17 @@ class Truth:
             raise UserError(
                 f"{folder} holds no losses of retrained models ({error}): make them with attr-engine retrain"
             ) from error
+
+
+def dropped(folder: Path, truth: Truth) -> list[str]:
+    """What the table in a folder has and the one that is to take its place has not: kinds of models, then queries."""
+    if not (folder / MODELS_FILE).exists():
+        return []
+    before = Truth.open(folder)
+    lost = [x for x in before.what if x not in truth.what] + [
+        q for q in before.queries if q not in truth.queries
+    ]
+    return list(dict.fromkeys(lost))
 
 
 def truth_of(retrainer: Retrainer, models: Sequence[Model], queries: Sequence[str], draws: int) -> Truth:

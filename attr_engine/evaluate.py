@@ -41,6 +41,11 @@ def parents_of(info: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(str(x) for x in names if x)
 
 
+def families_of(info: Mapping[str, Any]) -> frozenset[str]:
+    """Families of a piece: a splice, whose family is ``"fam03+fam10"``, has two."""
+    return frozenset(x for x in str(info.get("family") or "").split("+") if x)
+
+
 def clusters(tracks: Sequence[str], info: Sequence[Mapping[str, Any]]) -> dict[str, frozenset[str]]:
     """Track to the set of its exact copies and itself, from ``family`` and ``relation`` in the metadata."""
     families: dict[str, set[str]] = {}

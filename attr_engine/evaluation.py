@@ -11,14 +11,14 @@ import numpy as np
 from attr_engine import judge
 from attr_engine.controls import control_scores
 from attr_engine.counterfactuals import HALF, RANDOM, WHOLE, Truth
-from attr_engine.evaluate import clusters, parents_of
+from attr_engine.evaluate import clusters, families_of, parents_of
 from attr_engine.jobs import Query
 from attr_engine.judge import Estimate
 from attr_engine.latents.batch import Tracks
 from attr_engine.report.data import Table
 
 SHORT = 10.0  # seconds; below it the paper's both-masked update returned the same tracks for every query
-HUBS = 10  # top k in which one track may stand for many queries
+TOP = 10  # tracks that a user looks at: of recall, and where one track may stand for many queries
 Cell = str | float | int | None
 
 
@@ -69,7 +69,13 @@ def with_controls(case: Case, base: np.ndarray, frames: int, seed: int = 0) -> C
 
 
 def tables(case: Case, truth: Truth | None = None) -> list[Table]:
-    """All tables that the queries and the retrained models allow."""
+    """All tables that the queries and the retrained models allow.
+
+    Raises:
+        UserError: the models are of other tracks than the scores.
+    """
+    if truth is not None:
+        truth.check(case.tracks)
     asked = case.only([not own for own in case.own])
     found: list[Table | None] = [planted_table(asked), self_table(case)]
     if len(asked.queries) > 1:
@@ -203,12 +209,17 @@ def planted_table(case: Case) -> Table | None:
     for name, scores in case.methods.items():
         for relation, chosen in by_relation.items():
             found = [judge.precision_without(scores[i], case.tracks.ids, *relatives[i]) for i in chosen]
-            rows.append([name, relation, len(chosen), *_numbers(judge.bootstrap(np.array(found)))])
+            recall = [judge.recall_without(TOP, scores[i], case.tracks.ids, *relatives[i]) for i in chosen]
+            rows.append(
+                [name, relation, len(chosen), *(x for v in (found, recall) for x in _numbers(judge.bootstrap(np.array(v))))]
+            )  # fmt: skip
     note = (
-        "Mean average precision. Relevant: near copies of the query's original (itself, exact copies, gain, noise, lossy); other relatives "
+        f"Mean average precision, and how many of the relevant tracks ({TOP} at most) are in the top {TOP}. "
+        "Relevant: near copies of the query's original (itself, exact copies, gain, noise, lossy); other relatives "
         "and splices that hold a part of it are left out of the ranking."
     )
-    return Table("Planted relations", ["method", "query is", "queries", "mAP", "low", "high"], rows, note)
+    columns = ["method", "query is", "queries", "mAP", "low", "high", f"recall@{TOP}", "low", "high"]
+    return Table("Planted relations", columns, rows, note)
 
 
 def _windows(case: Case, names: frozenset[str]) -> frozenset[str]:
@@ -219,14 +230,9 @@ def _windows(case: Case, names: frozenset[str]) -> frozenset[str]:
 
 def _halves(case: Case, parents: frozenset[str]) -> frozenset[str]:
     """Training tracks that hold a part of a parent's family: splices."""
-    families = {
-        str(info["family"]) for name, info in zip(case.tracks.ids, case.tracks.info, strict=True)
-        if name in parents and info.get("family")
-    }  # fmt: skip
-    return frozenset(
-        name for name, info in zip(case.tracks.ids, case.tracks.info, strict=True)
-        if families & set(str(info.get("family") or "").split("+"))
-    )  # fmt: skip
+    rows = list(zip(case.tracks.ids, case.tracks.info, strict=True))
+    families = {str(info["family"]) for name, info in rows if name in parents and info.get("family")}
+    return frozenset(name for name, info in rows if families & families_of(info))
 
 
 def self_table(case: Case) -> Table | None:
@@ -265,7 +271,7 @@ def collapse_table(case: Case) -> Table:
     for name, scores in case.methods.items():
         if not np.ptp(scores, axis=1).all():
             continue
-        found = judge.collapse(scores, HUBS)
+        found = judge.collapse(scores, TOP)
         hub = judge.share(round(found.hub_share * len(scores)), len(scores))
         rows.append(
             [
@@ -278,13 +284,13 @@ def collapse_table(case: Case) -> Table:
         )
     note = (
         f"{len(case.queries)} queries. Mean rank correlation between the scores of two queries; energy of the first singular vector; the "
-        f"largest part of the queries that have one track in their top {HUBS}."
+        f"largest part of the queries that have one track in their top {TOP}."
     )
     columns = [
         "method",
         "correlation",
         "first singular vector",
-        f"one track in top {HUBS}",
+        f"one track in top {TOP}",
         "low",
         "high",
         "track",

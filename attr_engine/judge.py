@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from attr_engine.errors import UserError
-from attr_engine.evaluate import average_precision, self_rank
+from attr_engine.evaluate import average_precision, recall_at, self_rank
 from attr_engine.result import order_of
 
 LEAST_MODELS = 3  # of two, any rank correlation is 1 or -1
@@ -154,8 +154,21 @@ def precision_without(
     scores: np.ndarray, tracks: Sequence[str], relevant: frozenset[str], ignored: frozenset[str]
 ) -> float:
     """Average precision of the relevant tracks, the ignored ones (relatives of another kind) taken out of the ranking."""
+    return average_precision(*_without(scores, tracks, relevant, ignored), relevant)
+
+
+def recall_without(
+    k: int, scores: np.ndarray, tracks: Sequence[str], relevant: frozenset[str], ignored: frozenset[str]
+) -> float:
+    """Part of the relevant tracks (at most k of them count) in the top k of the same ranking."""
+    return recall_at(k, *_without(scores, tracks, relevant, ignored), relevant)
+
+
+def _without(
+    scores: np.ndarray, tracks: Sequence[str], relevant: frozenset[str], ignored: frozenset[str]
+) -> tuple[np.ndarray, list[str]]:
     keep = [i for i, name in enumerate(tracks) if name in relevant or name not in ignored]
-    return average_precision(scores[keep], [tracks[i] for i in keep], relevant)
+    return scores[keep], [tracks[i] for i in keep]
 
 
 # -- collapse -----------------------------------------------------------------------------------

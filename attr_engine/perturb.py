@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from attr_engine.errors import UserError
-from attr_engine.evaluate import parents_of
+from attr_engine.evaluate import families_of, parents_of
 from attr_engine.files import whole_file
 from attr_engine.latents.audio import read_audio
 from attr_engine.latents.ingest import Encoder, Progress, encode_piece, file_hash, padding_of
@@ -243,8 +243,7 @@ def _chosen(perturbations: Mapping[str, Sequence[str]] | None) -> list[tuple[str
 def _kin(name: str, info: Mapping[str, Any]) -> set[tuple[str, str]]:
     """What a piece shares with its relatives: ids of itself, its recording and its sources, names of its families."""
     ids = {name, str(info.get("parent") or name), *parents_of(info)}
-    families = str(info.get("family") or "").split("+")  # a splice has several
-    return {("id", x) for x in ids} | {("family", x) for x in families if x}
+    return {("id", x) for x in ids} | {("family", x) for x in families_of(info)}
 
 
 @dataclass(frozen=True)

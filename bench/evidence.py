@@ -57,7 +57,7 @@ def main() -> int:
         else:
             result[part] = getattr(judged, part)(sets)
         result.setdefault("seconds", {})[part] = round(time.perf_counter() - started, 1)
-        result["environment"] = {**fisher_report.environment(), "threads": args.threads}
+        result.setdefault("environments", {})[part] = {**fisher_report.environment(), "threads": args.threads}
         stream_report.write(result, args.json)
         print(f"{part}: {result['seconds'][part]} s", file=sys.stderr)
     print(report.document(result))
@@ -98,17 +98,10 @@ def make_methods(sets: Sets, args: argparse.Namespace) -> None:
     common: dict[str, Any] = {"cache": str(sets.out / "cache")}
     run(sets.model, sets.tracks, sets.queries("known", "unknown", "generated", "targets"), sets.out / "runs" / "ridge",
         functions=("ridge",), **common)  # fmt: skip
-    for plan, name in judged.UNLEARNED.items():
-        run(
-            sets.model,
-            sets.tracks,
-            asked,
-            sets.out / "runs" / name,
-            strengths=(1e-3, 1e-2),
-            score_draws=8,
-            plan=plan,
-            **common,
-        )
+    for name, how in judged.UNLEARNED.items():
+        run(sets.model, sets.tracks, asked, sets.out / "runs" / name, **how, **common)
+    run(sets.model, sets.tracks, sets.queries("choosing_targets"), sets.out / "runs" / judged.CHOICE,
+        functions=("loss_change",), plan="shared", strengths=judged.SIZES, score_draws=8, **common)  # fmt: skip
     run(
         sets.model,
         sets.tracks,
@@ -124,7 +117,13 @@ def make_methods(sets: Sets, args: argparse.Namespace) -> None:
         if not path.exists():
             found = kernels(sets.model, len(sets.tracks), items, function, judged.plan(plan), masks=masks)
             path.parent.mkdir(exist_ok=True)
-            np.savez(path, **found)
+            _save(path, sets, found)
+
+
+def _save(path: Path, sets: Sets, arrays: dict[str, np.ndarray]) -> None:
+    """Write arrays whole, and what they were made of."""
+    with whole_file(path) as part, part.open("wb") as file:
+        np.savez(file, of=np.array(sets.made_of), **arrays)
 
 
 def make_curvature(sets: Sets, args: argparse.Namespace) -> None:
@@ -154,7 +153,7 @@ def make_curvature(sets: Sets, args: argparse.Namespace) -> None:
                 sets.model, sets.tracks, asked, curvature, damping, 1e-2, 4
             ).items():
                 found[f"{name}, damping {damping:g}: {function}"] = scores
-    np.savez(path, ids=np.array([q.id for q in asked]), **found)
+    _save(path, sets, {"ids": np.array([q.id for q in asked]), **found})
     gradients.unlink()
 
 
@@ -164,8 +163,7 @@ def make_quarters(sets: Sets, args: argparse.Namespace) -> None:
     items = [*items_of(sets.tracks, [], []), *(Item(q.tracks, q.index, "update") for q in asked)]
     if not sets.quarters.exists():
         found = products(sets.model, len(sets.tracks), items, judged.plan("shared"))
-        with whole_file(sets.quarters) as part, part.open("wb") as file:
-            np.savez(file, ids=np.array([q.id for q in asked]), of=np.array(sets.made_of), products=found)
+        _save(sets.quarters, sets, {"ids": np.array([q.id for q in asked]), "products": found})
 
 
 def make_retrain(sets: Sets, args: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,24 @@ from attr_engine import abstain, embed, evaluation, judge
 from attr_engine.controls import control_scores
 from attr_engine.counterfactuals import Truth
 from attr_engine.diffusion import DrawPlan
+from attr_engine.evaluate import families_of
 from attr_engine.index_store import IndexSettings, Maker
 from attr_engine.jobs import Query
 from attr_engine.result import Attribution
 
 RATE = 0.05  # of false accepts
 DEFAULT = "ridge (default)"
-UNLEARNED = {"track": "unlearning", "shared": "unlearning-shared"}  # plan of the draws to run
+SIZES = (1e-3, 1e-2, 3e-2)
+UNLEARNED: dict[str, dict[str, Any]] = {
+    "unlearning": {"plan": "track", "strengths": SIZES[:2], "score_draws": 8},
+    "unlearning-shared": {"plan": "shared", "strengths": SIZES[:2], "score_draws": 8},
+    "unlearning-16": {
+        "plan": "shared",
+        "strengths": SIZES[1:],
+        "score_draws": 16,
+    },  # as many draws as the default
+}
+CHOICE = "unlearning-targets"  # by the rank of other training tracks
 LAMBDAS = (0.03, 0.1, 0.3, 1.0)
 
 
@@ -71,9 +83,17 @@ def _kernel(
     """Products of the tracks, and of queries with them, by name."""
     place = {q.id: i for i, q in enumerate(sets.queries("known", "generated", "choosing_targets"))}
     rows = [place[q.id] for q in queries]
-    with np.load(sets.kernels(*which)) as file:
-        n = len(sets.tracks)
-        return {name: (file[name][:n], file[name][n:][rows]) for name in file.files}
+    file, n = _kept(sets, sets.kernels(*which)), len(sets.tracks)
+    return {name: (value[:n], value[n:][rows]) for name, value in file.items()}
+
+
+def _kept(sets: Sets, path: Path) -> dict[str, np.ndarray]:
+    """Arrays that an earlier part kept."""
+    with np.load(path) as file:
+        found = {name: file[name] for name in file.files}
+    if found.pop("of", np.array([])).tolist() != sets.made_of:
+        raise SystemExit(f"{path} is of another model or other tracks: remove it")
+    return found
 
 
 def _embedding(sets: Sets, queries: Sequence[Query]) -> np.ndarray:
@@ -102,9 +122,10 @@ def lds(sets: Sets) -> dict[str, Any]:
     asked, choosing = _asked(sets, "judge"), _asked(sets, "choose")
     unlearned, influence = _scores(sets, "unlearning"), _scores(sets, "influence")
     methods = {DEFAULT: _by_ridge(sets, asked)}
-    for plan_of_draws, run_of in UNLEARNED.items():
-        found = matrices(_scores(sets, run_of), asked)
-        methods |= {f"{name} (unlearning, {plan_of_draws} draws)": s for name, s in found.items()}
+    for name, how in UNLEARNED.items():
+        found = matrices(_scores(sets, name), asked)
+        label = f"unlearning, {how['score_draws']} {how['plan']} draws"
+        methods |= {f"{score} ({label})": s for score, s in found.items()}
     names = {
         "influence": "influence, diagonal Fisher",
         "norm_influence": "influence of the squared norm, diagonal Fisher",
@@ -161,10 +182,10 @@ def sweep(sets: Sets) -> dict[str, Any]:
                                 round(float(np.nanmean(_lds(sets, scores, asked))), 4),
                             ]
                         )
-    with np.load(sets.out / "curvature.npz") as file:
-        some = {q.id: q for q in asked}
-        queries = [some[str(name)] for name in file["ids"]]
-        curvature = {name: _lds(sets, file[name], queries).tolist() for name in file.files if name != "ids"}
+    kept = _kept(sets, sets.out / "curvature.npz")
+    some = {q.id: q for q in asked}
+    queries = [some[str(name)] for name in kept.pop("ids")]
+    curvature = {name: _lds(sets, value, queries).tolist() for name, value in kept.items()}
     return {"columns": ["function", "plan", "masks", "averaging", "layers", "draws", "lambda", "LDS"], "rows": rows,
             "queries": len(asked), "curvature": curvature}  # fmt: skip
 
@@ -172,12 +193,11 @@ def sweep(sets: Sets) -> dict[str, Any]:
 def timesteps(sets: Sets) -> dict[str, Any]:
     """LDS on the choosing part, by query, of the kernel method with weighted timesteps, each weighting at its best lambda."""
     asked, found = _asked(sets, "choose"), {}
-    with np.load(sets.quarters) as file:
-        kept = file["products"]
-        if file["ids"].tolist() != [q.id for q in asked] or file["of"].tolist() != sets.made_of:
-            raise SystemExit(f"{sets.quarters} is of another model, other tracks or queries: remove it")
+    kept = _kept(sets, sets.quarters)
+    if kept["ids"].tolist() != [q.id for q in asked]:
+        raise SystemExit(f"{sets.quarters} is of other queries: remove it")
     for name, weights in WEIGHTS.items():
-        options = {x: _lds(sets, weighted_scores(kept, weights, x), asked) for x in LAMBDAS}
+        options = {x: _lds(sets, weighted_scores(kept["products"], weights, x), asked) for x in LAMBDAS}
         best = max(options, key=lambda x: float(np.nanmean(options[x])))
         found[name] = {"lambda": best, "LDS": options[best].tolist()}
     return found
@@ -210,10 +230,10 @@ def relations(sets: Sets) -> dict[str, Any]:
     for i, query in enumerate(asked):
         relative = losses[:, i] / losses[:, i].mean() * 100
         effect = np.array([relative[~k].mean() - relative[k].mean() for k in kept.T])
-        families = set(str(query.tracks.info[query.index]["family"]).split("+"))
+        families = families_of(query.tracks.info[query.index])
         row = found.setdefault(relation_of(query), {})
         for j, track in enumerate(info):
-            mine = set(str(track.get("family") or "").split("+")) & families
+            mine = families_of(track) & families
             row.setdefault(str(track["relation"]) if mine else "unrelated", []).append(float(effect[j]))
     return {
         a: {b: [float(np.mean(v)), float(np.std(v)), len(v)] for b, v in row.items()}
@@ -261,7 +281,7 @@ def planted(sets: Sets) -> dict[str, Any]:
             same = {
                 t
                 for t, row in zip(sets.tracks.ids, sets.tracks.info, strict=True)
-                if family in str(row.get("family") or "").split("+")
+                if family in families_of(row)
             }
             good = frozenset(
                 t for t in same if sets.tracks.info[sets.tracks.ids.index(t)]["relation"] in near
@@ -273,19 +293,21 @@ def planted(sets: Sets) -> dict[str, Any]:
 
 
 def self(sets: Sets) -> dict[str, Any]:
-    """Rank of 40 unlearned training tracks; and whether those before it are of its own family."""
-    targets = sets.queries("targets")
-    scores = _by_ridge(sets, targets)
-    table = evaluation.self_table(evaluation.Case(sets.tracks, targets, {DEFAULT: scores}))
+    """Rank of 40 unlearned training tracks, and whether those before it are of its own family; of 40 others by the size of the update."""
+    targets, others = sets.queries("targets"), sets.queries("choosing_targets")
+    scores, base = _by_ridge(sets, targets), _scores(sets, "unlearning").base
+    case = evaluation.Case(sets.tracks, targets, {DEFAULT: scores})
+    table = evaluation.self_table(evaluation.with_controls(case, base, sets.model.frames))
+    sizes = evaluation.self_table(
+        evaluation.Case(sets.tracks, others, matrices(_scores(sets, CHOICE), others))
+    )
     before = []
     for row, query in zip(scores, targets, strict=True):
-        family = str(sets.tracks.info[query.index].get("family") or query.id)
-        ahead = np.flatnonzero(row > row[query.index])
+        family = families_of(sets.tracks.info[query.index])
         before += [
-            bool(set(family.split("+")) & set(str(sets.tracks.info[i].get("family") or "").split("+")))
-            for i in ahead
+            bool(family & families_of(sets.tracks.info[i])) for i in np.flatnonzero(row > row[query.index])
         ]
-    return {"table": _json(table), "before": len(before), "of its family": sum(before)}
+    return {"table": _json(table), "before": len(before), "of its family": sum(before), "sizes": _json(sizes)}
 
 
 def collapse(sets: Sets) -> dict[str, Any]:

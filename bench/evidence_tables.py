@@ -60,16 +60,18 @@ def sweep_table(found: Mapping[str, Any]) -> str:
             best[row[place]] = max(best.get(row[place], -1.0), row[-1])
         ordered = sorted(best.items(), key=lambda item: -item[1])
         lines.append([column, ", ".join(f"{value}: {score:.3f}" for value, score in ordered)])
+    by_mean = sorted(found["curvature"].items(), key=lambda x: -np.mean(x[1]))
+    first = np.array(by_mean[0][1])
     curvature = [
-        [name, text(judge.bootstrap(np.array(v)))]
-        for name, v in sorted(found["curvature"].items(), key=lambda x: -np.mean(x[1]))
+        [name, text(judge.bootstrap(np.array(v))), text(judge.bootstrap(first - np.array(v))) if n else ""]
+        for n, (name, v) in enumerate(by_mean)
     ]
     count = len(next(iter(found["curvature"].values())))
     return (
         f"LDS over the {found['queries']} queries of the choosing part; each value with everything else at its best.\n\n"
         + markdown(["choice", "best LDS"], lines)
         + f"\nUpdates of size 0.01 by three curvatures, 4 draws, {count} queries of the choosing part:\n\n"
-        + markdown(["update and score", "LDS"], curvature)
+        + markdown(["update and score", "LDS", "first minus this, paired"], curvature)
     )
 
 
@@ -134,13 +136,15 @@ def plain(table: Mapping[str, Any]) -> str:
 
 def planted_table(found: Mapping[str, Any]) -> str:
     """Average precision of all methods, relations side by side."""
-    by_method: dict[str, dict[str, str]] = {}
-    for name, relation, _, value, low, high in found["table"]["rows"]:
-        by_method.setdefault(name, {})[relation] = f"{value:.2f} ({low:.2f} to {high:.2f})"
-    relations = list(next(iter(by_method.values())))
-    out = markdown(
-        ["method", *relations], [[name, *(row[r] for r in relations)] for name, row in by_method.items()]
-    )
+    table, out = found["table"], ""
+    for first in range(3, len(table["columns"]), 3):  # precision, recall: a value and its interval each
+        by_method: dict[str, dict[str, str]] = {}
+        for name, relation, _, *numbers in table["rows"]:
+            value, low, high = numbers[first - 3 : first]
+            by_method.setdefault(name, {})[relation] = f"{value:.2f} ({low:.2f} to {high:.2f})"
+        relations = list(next(iter(by_method.values())))
+        rows = [[name, *(row[r] for r in relations)] for name, row in by_method.items()]
+        out += markdown([f"method: {table['columns'][first]}", *relations], rows) + "\n"
     confirmed = found["confirmed"]
     kinds = list(next(iter(confirmed.values())))
     rows = [
@@ -148,8 +152,8 @@ def planted_table(found: Mapping[str, Any]) -> str:
     ]
     return (
         out
-        + "\nWithout copies at another gain, which retraining says are not near:\n\n"
-        + markdown(["method", *kinds], rows)
+        + "Without copies at another gain, which retraining says are not near:\n\n"
+        + markdown(["method: mAP", *kinds], rows)
     )
 
 
@@ -184,7 +188,12 @@ def self_table(found: Mapping[str, Any]) -> str:
     before = (
         f"Of the {found['before']} tracks before a target, {found['of its family']} are of its own family."
     )
-    return plain(found["table"]) + f"\n{before}\n"
+    sizes = (
+        f"\nBy the size of the update, other training tracks:\n\n{plain(found['sizes'])}"
+        if "sizes" in found
+        else ""
+    )
+    return plain(found["table"]) + f"\n{before}\n" + sizes
 
 
 def collapse_table(found: Mapping[str, Any]) -> str:

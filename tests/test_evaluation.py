@@ -1,8 +1,11 @@
 """Tables of the judges on planted cases: what is known to be right comes out right, and the wrong does not."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from attr_engine import UserError
 from attr_engine.counterfactuals import HALF, Truth
 from attr_engine.evaluation import (
     Case,
@@ -101,6 +104,12 @@ def test_planted_relatives_are_judged_by_relation_and_other_relatives_do_not_cou
         scores[q, [q + 8, q, q + 4]] = [30, 20, 10]
     rows = planted_table(Case(case.tracks, case.queries, {"m": scores})).rows
     assert [row[:4] for row in rows] == [["m", "gain", 2, 1.0], ["m", "noise", 2, 1.0]]
+    assert [row[6] for row in rows] == [1.0, 1.0]
+    last = Case(case.tracks, case.queries, {"m": -scores})
+    # Of eleven that count the tenth and the eleventh.
+    assert [(row[3], row[6]) for row in planted_table(last).rows] == [
+        (round((1 / 10 + 2 / 11) / 2, 4), 0.5)
+    ] * 2
     scores[:, 11] = 40  # unrelated to three of the queries
     rows = planted_table(Case(case.tracks, case.queries, {"m": scores})).rows
     assert min(row[3] for row in rows) < 1.0
@@ -129,6 +138,9 @@ def test_all_tables_and_controls_are_made(case, rng):
         "training loss (control)",
         "raw-latent cosine (control)",
     } <= names
+    other = replace(make_truth(case, scores, rng), tracks=[f"u{i}" for i in range(12)])
+    with pytest.raises(UserError, match="retrained models are of other training tracks"):
+        tables(whole, other)
     without = with_controls(case, np.full(12, np.nan), 6)
     assert "training loss (control)" not in without.methods
     assert [t.title.split()[0] for t in tables(whole)] == ["Planted", "Collapse"]

@@ -2,12 +2,22 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from attr_engine.counterfactuals import HALF, Model, Truth, halves, removals, truth_of, without_groups
+from attr_engine.counterfactuals import (
+    HALF,
+    Model,
+    Truth,
+    dropped,
+    halves,
+    removals,
+    truth_of,
+    without_groups,
+)
 from attr_engine.errors import UserError
 from attr_engine.latents import LatentDataset, LatentWriter, MemoryTracks
 from attr_engine.latents.batch import Chosen
@@ -133,6 +143,11 @@ def test_groups_and_tops_are_left_out(place, rng):
     }
     with pytest.raises(UserError, match="share a 'label'"):
         without_groups(tracks, "label", 5, 2)
+    families = [{"family": x} for x in ("f1", "f1", "f2", "f1+f2", "f3", "")]
+    of = without_groups(SimpleNamespace(info=families), "family", 5, 1)
+    assert {(m.what, m.training.left_out) for m in of} == {("family=f1", (0, 1, 3)), ("family=f2", (2, 3))}, (
+        "a splice is left out with either family"
+    )
     scores = rng.normal(size=(2, 6))
     table = Attribution(
         tracks.ids, [("q0", 0.1), ("q1", 0.1)], {"f": scores}, {"f": scores * np.nan}, np.zeros(6), {},
@@ -180,6 +195,19 @@ def test_the_table_of_losses_is_read_as_it_was_written(tmp_path, rng):
     (tmp_path / "models.parquet").write_bytes(b"no")
     with pytest.raises(UserError, match="holds no losses"):
         Truth.open(tmp_path)
+
+
+def test_what_a_new_table_lacks_is_named(tmp_path, rng):
+    def truth(what, queries):
+        shape = (len(what), len(queries))
+        return Truth(
+            list("ab"), queries, what, np.ones(shape[0], int), np.ones((shape[0], 2), bool), rng.random(shape)
+        )
+
+    assert dropped(tmp_path, truth([HALF], ["x"])) == []
+    truth([HALF, HALF, "whole", "artist=b"], ["x", "y"]).save(tmp_path)
+    assert dropped(tmp_path, truth([HALF, "whole"], ["y"])) == ["artist=b", "x"]
+    assert dropped(tmp_path, truth(["random", "artist=b", "whole", HALF], ["z", "y", "x"])) == []
 
 
 def test_a_half_that_lacks_a_seed_is_not_judged_by(rng):

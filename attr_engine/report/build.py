@@ -110,10 +110,11 @@ def _short(curve: np.ndarray) -> np.ndarray:
 def _ranking(
     job: Job, name: str, strength: str, control: bool, scores: np.ndarray, errors: np.ndarray | None,
     order: np.ndarray, hits: Mapping[str, str], shapes: Mapping[str, np.ndarray], k: int, refuse: Controls | None = None,
+    refused: bool = False,
 ) -> Ranking:  # fmt: skip
     """The first k tracks of ``order``; those that were not measured have no score, no share and no row."""
     measured, share = np.flatnonzero(~np.isnan(scores)), np.zeros(len(scores))
-    if len(measured):
+    if len(measured) and not refused:
         share[measured] = shares(scores[measured], job.run.settings.shares)
     if refuse is not None:
         share[~refuse.responsible(scores)] = 0.0
@@ -126,7 +127,7 @@ def _ranking(
         curve = _short(shapes[track]) if track in shapes else None
         rows.append(Row(track, n + 1, float(scores[i]), error, float(share[i]), hits.get(track, ""), curve))
     rest = float(1.0 - sum(row.share for row in rows))
-    return Ranking(name, strength, control, rows, job.run.settings.shares, rest, len(scores))
+    return Ranking(name, strength, control, rows, job.run.settings.shares, rest, len(scores), refused)
 
 
 def _section(
@@ -140,6 +141,8 @@ def _section(
 ) -> QuerySection:
     s, query = job.run.settings, job.queries[q]
     hits, rankings = relatives(job.tracks, query), []
+    leading = result.values[s.functions[0]][result.row(query.id, s.strengths[0])]
+    refused = refuse is not None and not refuse.responsible(leading).any()
     for function, strength in rankings_of(s):
         u, text = result.row(query.id, strength), strength_text(job, strength, function)
         lead = function == s.functions[0] and strength == s.strengths[0]
@@ -150,23 +153,11 @@ def _section(
         )
         curves_here = shapes.get(query.id, {}) if lead else {}
         rankings.append(
-            _ranking(
-                job,
-                function,
-                text,
-                False,
-                scores,
-                errors,
-                order,
-                hits,
-                curves_here,
-                s.show,
-                refuse if lead else None,
-            )
-        )
+            _ranking(job, function, text, False, scores, errors, order, hits, curves_here, s.show, refuse if lead else None, refused)
+        )  # fmt: skip
     for name, scores in controls.items():
         order, count = order_of(scores[q]), min(_CONTROL_ROWS, s.show)
-        rankings.append(_ranking(job, name, "", True, scores[q], None, order, hits, {}, count))
+        rankings.append(_ranking(job, name, "", True, scores[q], None, order, hits, {}, count, None, refused))
     notes = [] if refuse is None else [_verdict(refuse, result, query.id, s)]
     if hits:
         found = sum(1 for row in rankings[0].rows if row.hit)

@@ -95,6 +95,7 @@ class Ranking:
         share_transform: the name of the transform behind the shares.
         everything_else: 1 - the sum of the shown shares.
         tracks: N, how many tracks were ranked.
+        refused: no track stands out for this query: no shares are printed, whatever the score function.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Ranking:
     share_transform: str
     everything_else: float
     tracks: int
+    refused: bool = False
 
     @property
     def label(self) -> str:

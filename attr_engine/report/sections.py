@@ -86,12 +86,14 @@ def _ranking(
         transform=bdi(ranking.share_transform),
     )
     texts = column(scores)
-    shown = percentages([row.share for row in ranking.rows] + [ranking.everything_else])
+    parts = [row.share for row in ranking.rows] + [ranking.everything_else]
+    shown = ["" for _ in parts] if ranking.refused else percentages(parts)
     for row, score, error, text, percent in zip(ranking.rows, scores, errors, texts, shown[:-1], strict=True):
         info = data.tracks.get(row.track) or TrackInfo(id=row.track)
         marks = f"{_score(row, text, error)}{interval(score, error, scale)}"
         yield _row(row, info, marks, percent, clips)
-    yield _everything_else(ranking, shown[-1])
+    if not ranking.refused:
+        yield _everything_else(ranking, shown[-1])
     yield "</tbody></table></div></div></details>\n"
 
 
@@ -101,7 +103,12 @@ def _caption(ranking: Ranking, exponent: int, scale: tuple[float, float]) -> str
     hits = any(row.hit for row in ranking.rows)
     text = f"Top {len(ranking.rows)} of {ranking.tracks:,} tracks by {bdi(ranking.label)}."
     text += f" Scores {f'in {power(exponent)}, ' if exponent else ''}drawn on one scale from "
-    text += f"{number(scale[0], 3)} to {number(scale[1], 3)}; shares by {bdi(ranking.share_transform)}."
+    text += f"{number(scale[0], 3)} to {number(scale[1], 3)}; "
+    text += (
+        "no shares: this query is refused."
+        if ranking.refused
+        else f"shares by {bdi(ranking.share_transform)}."
+    )
     if ranking.is_control:
         text += " <strong>Control</strong>: this ranking knows nothing of the model\u2019s training."
     marks = ['<li><span class="swatch wave-mark"></span>waveform</li>']
@@ -114,16 +121,22 @@ def _caption(ranking: Ranking, exponent: int, scale: tuple[float, float]) -> str
 
 
 def _row(row: Row, info: TrackInfo, score: str, percent: str, clips: ClipTable) -> str:
-    """Return the table row of one track; ``score`` is the content of its cell."""
+    """Return the table row of one track; ``score`` is the content of its cell, no ``percent`` stands for no share."""
     hit = f' <span class="badge hit">{bdi(row.hit)}</span>' if row.hit else ""
     return (
         f'<tr role="row"><td role="cell" class="rank">{row.rank}</td>'
         f'<td role="cell" class="track">{track_details(info, with_title=True, after_title=hit)}</td>'
         f'<td role="cell" class="listen">{player(info, row.curve, clips, f"rank {row.rank}")}</td>'
         f'<td role="cell" class="score">{score}</td>'
-        f'<td role="cell" class="share"><span class="value">{percent}\u202f%</span>'
-        f"{share_bar(row.share)}</td></tr>\n"
+        f'<td role="cell" class="share">{_share(row.share, percent)}</td></tr>\n'
     )
+
+
+def _share(share: float, percent: str) -> str:
+    """Return a share as a number and a bar."""
+    if not percent:
+        return '<span class="none">none</span>'
+    return f'<span class="value">{percent}\u202f%</span>{share_bar(share)}'
 
 
 def _score(row: Row, text: str, error: float | None) -> str:
@@ -149,8 +162,7 @@ def _everything_else(ranking: Ranking, percent: str) -> str:
         f'<span class="title">everything else</span><span class="about">{about}</span></td>'
         '<td role="cell" class="listen"></td>'
         '<td role="cell" class="score"></td>'
-        f'<td role="cell" class="share"><span class="value">{percent}\u202f%</span>'
-        f"{share_bar(ranking.everything_else)}</td></tr>\n"
+        f'<td role="cell" class="share">{_share(ranking.everything_else, percent)}</td></tr>\n'
     )
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from helpers import ToyDenoiser, make_tracks
 
+from attr_engine.abstain import Controls
 from attr_engine.jobs import Job, make_queries
 from attr_engine.latents import LatentDataset, LatentWriter
 from attr_engine.pipeline import run_job
@@ -95,6 +96,23 @@ def heard(folder: Path, info: dict, root) -> set[int]:
     """Pitches, to 10 Hz, of the sounds in the report of a run with one track with this info."""
     tracks = write_set(folder / "set", [info, {}, {}], {"root": root})
     return {round(pitch(x), -1) for x in clips(report(folder / "run", tracks))}
+
+
+# -- refusals -------------------------------------------------------------------------------------
+
+
+def test_a_refused_query_has_no_shares_by_any_function_or_control(tmp_path, monkeypatch):
+    tracks = write_set(tmp_path / "set", [{} for _ in range(4)])
+    changes = {"functions": ("ridge", "displacement")}
+    for limit, refused in ((-math.inf, False), (math.inf, True)):
+        controls = Controls(limit, 19, 0.05)
+        monkeypatch.setattr("attr_engine.report.build.controls_of_run", lambda *_, found=controls: found)
+        page = report(tmp_path / str(refused), tracks, **changes)
+        found = re.findall(r'<td role="cell" class="share">(.*?)</td>', page)
+        # Three rows of each function, and of each of four controls; what is left has a row where there are shares.
+        assert len(found) == 6 * (3 if refused else 4)
+        assert all(("none" in cell) == refused and ("%" in cell) != refused for cell in found)
+        assert ("no shares are given" in page) == ("this query is refused" in page) == refused
 
 
 # -- sounds ---------------------------------------------------------------------------------------
