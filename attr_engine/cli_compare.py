@@ -86,6 +86,9 @@ def compare(args: argparse.Namespace) -> None:
     )
     if not queries:
         raise UserError("no query is left to be asked: check --queries and --where")
+    if truth is not None:  # before hours of scoring
+        truth.check(tracks)
+        truth.columns([q.id for q in queries if q.kind != "training track"])
     answers: list[Answer] = []
     failed: dict[str, str] = {}
     for i, name in enumerate(names):

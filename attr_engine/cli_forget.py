@@ -74,7 +74,7 @@ def forget(args: argparse.Namespace) -> None:
     values.update({n: tuple(v) for n, v in values.items() if isinstance(v, list)})
     how = Removal(**values)
     tracks = LatentDataset(args.data)
-    chosen = _chosen(args, tracks)
+    chosen = chosen_tracks(args, tracks)
     held_out = LatentDataset(args.held_out) if args.held_out else None
     model = open_model(args.model, args.weights, args.dtype, args.device)
     rows = Forgetting(model, tracks, chosen, args.out, how, held_out, progress.bar).run()
@@ -85,7 +85,12 @@ def forget(args: argparse.Namespace) -> None:
         print(printable(f"models: {', '.join(folders)}"))
 
 
-def _chosen(args: argparse.Namespace, tracks: LatentDataset) -> list[int]:
+def chosen_tracks(args: argparse.Namespace, tracks: LatentDataset) -> list[int]:
+    """Places of the tracks that ``--forget`` or ``--where`` names.
+
+    Raises:
+        UserError: an unreadable file, an id or a value that no track has, or a ``--where`` that is no COLUMN=VALUE.
+    """
     from attr_engine.files import read_ids
     from attr_engine.forget import by_ids, by_value
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -11,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 from attr_engine.errors import UserError, printable
 
 if TYPE_CHECKING:
-    from attr_engine.latents import LatentDataset
+    from attr_engine.models.musicgen import MusicGen
+    from attr_engine.musicgen_loss import MusicGenLoss
+    from attr_engine.track_loss import ForgetSettings
 
 REPORT_NAME = "forget.json"
 
@@ -24,7 +28,8 @@ def add_musicgen(commands: Any, command: Callable[..., argparse.ArgumentParser])
   attr-engine musicgen-forget --model musicgen/ --data codes --forget ids.txt --method relabel --steps 50 --out forgotten
 
 --model and --out are folders as transformers' save_pretrained writes them, with safetensors weights. What it did to the loss of
-every track is in forget.json beside the weights.
+every track is in forget.json beside the weights. Stopped at any moment, the same command carries on: while it works, OUT.so-far holds
+what there is, once a minute (of what is trained one copy with sgd, three with adam).
 """)  # fmt: skip
     p.add_argument("--model", required=True, help="folder of a MusicGen (transformers)")
     p.add_argument(
@@ -51,31 +56,26 @@ every track is in forget.json beside the weights.
 
 def musicgen_forget(args: argparse.Namespace) -> None:
     """Forget, save and print."""
-    from attr_engine import progress
-    from attr_engine.files import write_json
+    from attr_engine.cli_forget import chosen_tracks
+    from attr_engine.files import writing_in
     from attr_engine.latents import LatentDataset
     from attr_engine.models import musicgen
     from attr_engine.musicgen_loss import MusicGenLoss
-    from attr_engine.track_loss import ForgetSettings, forget
+    from attr_engine.track_loss import ForgetSettings
+    from attr_engine.units import held
 
     settings = ForgetSettings(**{f.name: getattr(args, f.name) for f in fields(ForgetSettings)})
     settings.check()
     out, tracks = Path(args.out), LatentDataset(args.data)
     musicgen.check_free(out)
-    chosen = _matching(tracks, args.where) if args.where else _listed(tracks, Path(args.forget))
+    chosen = chosen_tracks(args, tracks)
     model = musicgen.load_musicgen(args.model, device=args.device)
     loss = MusicGenLoss(model, tracks, args.layers, args.text)
-    done = forget(loss, chosen, settings, progress.bar("forgetting", "pass"))
-    means = done.means()
-    rows = zip(done.ids, done.forget.tolist(), done.before.tolist(), done.after.tolist(), strict=True)
-    report = {
-        "settings": {**asdict(settings), "layers": args.layers, "text": args.text},
-        "tracks": tracks.fingerprint,
-        "uniform": loss.ceiling,
-        "mean loss": means,
-        "losses": [dict(zip(("id", "forget", "before", "after"), row, strict=True)) for row in rows],
-    }
-    musicgen.save_musicgen(model, out, lambda folder: write_json(folder / REPORT_NAME, report))
+    folder = out.resolve().with_name(f"{out.resolve().name}.so-far")
+    with writing_in(folder), held(folder / "lock") as mine:
+        if not mine:
+            raise UserError(f"another process works in {folder}: wait for it, or use another --out")
+        means = _forget(loss, model, chosen, settings, args, folder)
     print(f"mean loss in nats a code; a predictor that knows nothing has {loss.ceiling:.4f}")
     for name, count in (("forget", len(chosen)), ("remain", len(tracks) - len(chosen))):
         before, after = means[name]["before"], means[name]["after"]
@@ -83,22 +83,43 @@ def musicgen_forget(args: argparse.Namespace) -> None:
     print(printable(f"written to {out}; every track's loss: {out / REPORT_NAME}"))
 
 
-def _listed(tracks: LatentDataset, path: Path) -> list[int]:
-    from attr_engine.files import read_ids
+def _forget(
+    loss: MusicGenLoss, model: MusicGen, chosen: list[int], settings: ForgetSettings, args: argparse.Namespace, folder: Path
+) -> dict[str, dict[str, float]]:  # fmt: skip
+    """Forget, going on from ``folder``, and write the model and its report; returns the mean losses."""
+    from attr_engine import progress
+    from attr_engine.files import write_json
+    from attr_engine.forget_state import SoFar
+    from attr_engine.latents import LatentDataset
+    from attr_engine.models import checkpoint, musicgen
+    from attr_engine.runs import key_of
+    from attr_engine.track_loss import Diverged, forget
 
-    places = {name: i for i, name in enumerate(tracks.ids)}
-    names = read_ids(path)
-    for name in names:
-        if name not in places:
-            raise UserError(f"{tracks.path} has no track {name!r}, which {path} names: correct it")
-    return sorted({places[name] for name in names})
-
-
-def _matching(tracks: LatentDataset, where: str) -> list[int]:
-    column, equals, value = where.partition("=")
-    found = [i for i, row in enumerate(tracks.info) if equals and str(row.get(column)) == value]
-    if not found:
-        raise UserError(
-            f"{tracks.path} has no track with --where {where!r}: write COLUMN=VALUE of its metadata"
-        )
-    return found
+    tracks = LatentDataset(args.data).fingerprint
+    how = {**asdict(settings), "layers": args.layers, "text": args.text}
+    decisive = {name: value for name, value in how.items() if name != "rows"}
+    so_far = SoFar(folder, key_of(checkpoint.fingerprint(model.model, {}), tracks, chosen, decisive))
+    try:
+        done = forget(loss, chosen, settings, progress.bar("forgetting", "pass"), so_far)
+    except UserError as error:
+        if isinstance(error, Diverged) or not any(folder.glob("*.safetensors")):
+            so_far.drop()  # the way out is other settings, which what is there would refuse
+        raise
+    means = done.means()
+    rows = zip(done.ids, done.forget.tolist(), done.before.tolist(), done.after.tolist(), strict=True)
+    report = {
+        "settings": how,
+        "tracks": tracks,
+        "uniform": loss.ceiling,
+        "mean loss": means,
+        "losses": [dict(zip(("id", "forget", "before", "after"), row, strict=True)) for row in rows],
+    }
+    made = folder / "model"
+    for left in (made, made.with_name("model.part")):
+        shutil.rmtree(left, ignore_errors=True)  # of a call that was killed while it wrote
+    musicgen.save_musicgen(model, made, lambda new: write_json(new / REPORT_NAME, report))
+    out = Path(args.out).resolve()
+    musicgen.check_free(out)
+    os.replace(made, out)
+    so_far.drop()
+    return means

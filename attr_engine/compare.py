@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from attr_engine.counterfactuals import Truth
 from attr_engine.errors import UserError
@@ -16,7 +18,7 @@ from attr_engine.evaluation import Case, Cell, tables, with_controls
 from attr_engine.files import write_json, writing_in
 from attr_engine.jobs import Query
 from attr_engine.latents.batch import Tracks
-from attr_engine.methods.base import METHODS, Method, Workspace, model_key, no_progress, parse
+from attr_engine.methods.base import METHODS, Fitted, Method, Workspace, model_key, no_progress, parse
 from attr_engine.models.checkpoint import read_json
 from attr_engine.models.protocol import Denoiser
 from attr_engine.pipeline import SCORES_PARQUET
@@ -31,6 +33,9 @@ from attr_engine.tensorfile import load_tensors, save_tensors
 WORK = "work"
 _PATHS = ("model", "weights", "data", "queries")
 BASE_DRAWS = 8  # of the control by training loss
+_SECONDS_BETWEEN_RECORDS = 10.0  # of what was spent
+
+Progress = Callable[[str, str], Callable[[int, int], None]]
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,8 @@ class Answer:
         name: as it was asked for, options and all.
         scores: float64 ``[Q, N]``, larger = more responsible.
         once: seconds of ``fit``, over all sittings.
-        each: seconds a query.
-        kept: bytes in its folder after ``fit``.
+        each: seconds of ``score``, over all sittings, a query that was scored in them; one that was kept is not scored again.
+        kept: bytes that ``fit`` left in its folder.
     """
 
     name: str
@@ -67,7 +72,7 @@ def folder_of(name: str) -> str:
 
 def ask(
     name: str, model: Denoiser, tracks: Tracks, queries: Sequence[Query], settings: Settings, out: Path,
-    progress: Callable[[str, str], Callable[[int, int], None]] = no_progress,
+    progress: Progress = no_progress,
 ) -> Answer:  # fmt: skip
     """Fit one method and score all queries, or read what an earlier call finished.
 
@@ -85,35 +90,110 @@ def ask(
     """
     _, chosen = parse(name)
     about = _key(chosen, model, tracks, settings)
-    work, spent = out / WORK / about, out / WORK / f"{about}.json"
+    work, costs = out / WORK / about, _Costs(out / WORK / f"{about}.json")
     with writing_in(out):
         work.mkdir(parents=True, exist_ok=True)
-        before, started = (
-            read_json(spent, "record of costs")["once"] if spent.exists() else 0.0,
-            time.perf_counter(),
-        )
-        try:
-            fitted = chosen.fit(model, tracks, Workspace(work, settings, progress))
-        finally:
-            once = before + time.perf_counter() - started
-            write_json(spent, {"once": once})
+        before = 0 if costs.first else _bytes(work)
+        with costs.counting("once"):
+            fitted = chosen.fit(model, tracks, Workspace(work, settings, costs.watched(progress)))
+        read = getattr(fitted, "fingerprint", "")
+        kept = costs.kept(read, _bytes(work) - before)
         asked = [(q.tracks.fingerprint, q.indices) for q in queries]
-        key, path = key_of(about, asked, getattr(fitted, "fingerprint", "")), out / SCORES_PARQUET
+        key, path = key_of(about, asked, read), out / SCORES_PARQUET
         known = Attribution.from_parquet(path) if path.exists() else None
         if known is not None and known.meta.get("key") == key:
             return Answer(name, next(iter(known.values.values())), **known.meta["costs"])
-        kept = sum(p.stat().st_size for p in work.rglob("*") if p.is_file())
-        started = time.perf_counter()
-        scores = np.asarray(fitted.score(queries), dtype=np.float64)
-        each = (time.perf_counter() - started) / len(queries)
-        if scores.shape != (len(queries), len(tracks)) or not np.isfinite(scores).all():
-            raise UserError(
-                f"method {name!r} gave scores {list(scores.shape)}, {int((~np.isfinite(scores)).sum())} of them not finite, for "
-                f"{len(queries)} queries and {len(tracks)} tracks: leave it out, or look at its options"
-            )
-        answer = Answer(name, scores, once, each, kept)
+        scores, each = _scored(name, fitted, queries, [key_of(read, *q) for q in asked], len(tracks), costs)
+        answer = Answer(name, scores, costs.seconds["once"], each, kept)
         _table(answer, tracks, queries, settings, key).to_parquet(path)
         return answer
+
+
+def _scored(
+    name: str, fitted: Fitted, queries: Sequence[Query], keys: Sequence[str], count: int, costs: _Costs
+) -> tuple[np.ndarray, float]:
+    """Scores ``[Q, N]`` of all queries, those that no earlier call scored asked now; and seconds a query, over all sittings.
+
+    Raises:
+        UserError: the method gave no finite ``[Q, N]``.
+    """
+    path = costs.path.with_suffix(".safetensors")
+    rows = load_tensors(path, costs.path.stem)[0] if path.exists() else {}
+    missing = {k: q for k, q in zip(keys, queries, strict=True) if k not in rows}
+    if missing:
+        with costs.counting("scoring"):
+            scores = np.asarray(fitted.score(list(missing.values())), dtype=np.float64)
+        if scores.shape != (len(missing), count) or not np.isfinite(scores).all():
+            raise UserError(
+                f"method {name!r} gave scores {list(scores.shape)}, {int((~np.isfinite(scores)).sum())} of them not finite, for "
+                f"{len(missing)} queries and {count} tracks: leave it out, or look at its options"
+            )
+        rows |= {k: torch.from_numpy(row.copy()) for k, row in zip(missing, scores, strict=True)}
+        save_tensors(path, rows, {"key": costs.path.stem})
+    return np.stack([rows[k].numpy() for k in keys]), costs.seconds["scoring"] / len(rows)
+
+
+def _bytes(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+class _Costs:
+    """Seconds and bytes of a method over all sittings; written down while they pass, so that those of a killed one count.
+
+    Attributes:
+        path: the file.
+        seconds: of ``fit`` (``once``) and of ``score`` (``scoring``).
+    """
+
+    def __init__(self, path: Path) -> None:
+        found = read_json(path, "record of costs") if path.exists() else {}
+        self.path, self._bytes = path, dict(found.get("kept", {}))
+        self.seconds = {what: float(found.get(what, 0.0)) for what in ("once", "scoring")}
+        self._what, self._since = "", 0.0
+
+    @property
+    def first(self) -> bool:
+        """Whether no ``fit`` has ended yet: all that is there is of one."""
+        return not self._bytes
+
+    @contextlib.contextmanager
+    def counting(self, what: str) -> Iterator[None]:
+        """Count the time of the block as ``once`` or ``scoring``."""
+        self._what, self._since = what, time.perf_counter()
+        try:
+            yield
+        finally:
+            self._write()
+            self._what = ""
+
+    def watched(self, progress: Progress) -> Progress:
+        """Progress that writes the time down as it goes."""
+
+        def bar(title: str, unit: str) -> Callable[[int, int], None]:
+            show = progress(title, unit)
+
+            def tick(done: int, total: int) -> None:
+                if self._what and time.perf_counter() - self._since > _SECONDS_BETWEEN_RECORDS:
+                    self._write()
+                show(done, total)
+
+            return tick
+
+        return bar
+
+    def kept(self, read: str, made: int) -> int:
+        """Bytes that ``fit`` made when it first ended with these files of the user's; ``made`` where that is now."""
+        if read not in self._bytes:
+            self._bytes[read] = made
+            self._write()
+        return int(self._bytes[read])
+
+    def _write(self) -> None:
+        now = time.perf_counter()
+        if self._what:
+            self.seconds[self._what] += now - self._since
+            self._since = now
+        write_json(self.path, {**self.seconds, "kept": self._bytes})
 
 
 def _key(chosen: Method, model: Denoiser, tracks: Tracks, settings: Settings) -> str:
@@ -138,8 +218,6 @@ def _table(
 
 def base_losses(model: Denoiser, tracks: Tracks, folder: Path) -> np.ndarray:
     """Loss of every track under theta_0, ``[N]``, kept: for the control by training loss."""
-    import torch
-
     key = key_of(model_key(model), tracks.fingerprint, BASE_DRAWS)
     path = folder / f"base-{key}.safetensors"
     if not path.exists():

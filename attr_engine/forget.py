@@ -125,7 +125,7 @@ class Forgetting:
                     f"pieces cannot be embedded by {h.embedding}: use another --embedding, or no pieces (--pieces 0)"
                 )
             both = {"forget": self.chosen, "remain": self.kept}
-            self.labels = LabelShift.of(h.classifier, model, self.out)
+            self.labels = LabelShift.of(h.classifier, h.licence, model, self.out)
             self.prompts = {name: self._prompts(which, rng) for name, which in both.items()}
             self.clap = PromptScores(h.clap, self.prompts, h.text, model) if h.clap else None
         elif h.classifier or h.clap:
@@ -136,7 +136,7 @@ class Forgetting:
         unused = (*(() if h.clap else ("clap", "text")), *(() if h.classifier else ("classifier",)))
         self.key = key_of(
             model_key(model), tracks.fingerprint, self.chosen, None if held_out is None else held_out.fingerprint,
-            {n: v for n, v in asdict(h).items() if n not in ("strengths", "checkpoints", "rows", *unused)}, *judges,
+            {n: v for n, v in asdict(h).items() if n not in ("strengths", "checkpoints", "rows", "licence", *unused)}, *judges,
         )  # fmt: skip
 
     def _check(self, held_out: Tracks | None) -> None:

@@ -81,7 +81,7 @@ class LabelShift:
         self.fingerprint = classifier.fingerprint
 
     @classmethod
-    def of(cls, checkpoint: str, model: Denoiser, out: Path) -> LabelShift | None:
+    def of(cls, checkpoint: str, licence: str, model: Denoiser, out: Path) -> LabelShift | None:
         """None without a checkpoint.
 
         Raises:
@@ -89,7 +89,7 @@ class LabelShift:
         """
         if not checkpoint:
             return None
-        return cls(Passt(Path(checkpoint), device_of(model)), model, out)
+        return cls(Passt(Path(checkpoint), device_of(model), licence), model, out)
 
     def of_pieces(
         self, name: str, made: Sequence[np.ndarray], key: str, untouched: bool

@@ -52,6 +52,9 @@ class Removal:
         "",
         "checkpoint of PaSST: KL of the labels of pieces before and after; not downloaded (none: no such figure)",
     )
+    licence: str = _option(
+        "", "licence of --classifier, named by a user whose use it allows; without it none is taken"
+    )
     clap: str = _option(
         "", "folder of CLAP as transformers has it: the CLAP score of the pieces and their prompts"
     )

@@ -24,7 +24,7 @@ RATE, SECONDS = 32000, 10.0
 _HEADS, _FRAMES, _BANDS, _PATCH = 12, 998, 128, 16  # of all published ones of ten seconds
 SOURCE = Source(
     "passt", "passt-s-f128-p16-s10-ap.476-swa.pt", "github.com/kkoutini/PaSST, releases",
-    "see that repository; the code of hear21passt is Apache-2.0",
+    "see that repository; the code of hear21passt is Apache-2.0", unknown=True,
 )  # fmt: skip
 # As hear21passt.base sets it up.
 _MEL = dict(
@@ -39,16 +39,17 @@ class Passt:
     Args:
         path: a checkpoint of PaSST for ten seconds (STFT hop 320), on any set of labels.
         device: torch device.
+        licence: of the checkpoint, as whoever uses it has read it.
 
     Attributes:
         fingerprint: of the weights.
 
     Raises:
-        UserError: hear21passt is not installed, or the file is not such a checkpoint.
+        UserError: no licence, hear21passt is not installed, or the file is not such a checkpoint.
     """
 
-    def __init__(self, path: Path, device: str = "cpu") -> None:
-        path = SOURCE.path(str(path))
+    def __init__(self, path: Path, device: str = "cpu", licence: str = "") -> None:
+        path = SOURCE.path(str(path), licence)
         state = read_state(path, SOURCE)
         state = part(state, "net.") or state
         shape = _shape(state, path)

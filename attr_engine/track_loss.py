@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from attr_engine.errors import UserError
 from attr_engine.fisher import Fisher
+from attr_engine.forget_state import SoFar
 from attr_engine.unlearn import Curvature
 from attr_engine.updates import norm
 
@@ -29,6 +30,10 @@ _MEASURE, _UPDATE = 0, 1  # steps whose draws are for measuring, and the first f
 
 def _silent(done: int, total: int) -> None:
     pass
+
+
+class Diverged(UserError):
+    """Weights or losses are not finite any more; what was kept of the steps is of no use."""
 
 
 class TrackLoss(Protocol):
@@ -126,20 +131,27 @@ class Forgotten:
 
 
 def track_losses(
-    loss: TrackLoss, indices: Sequence[int], rows: int = 1, progress: Progress = _silent
-) -> np.ndarray:
-    """Losses float64 ``[n]`` of some tracks, all by the draws of step 0."""
-    found = []
-    for first in range(0, len(indices), rows):
+    loss: TrackLoss, indices: Sequence[int], rows: int = 1, progress: Progress = _silent, so_far: SoFar | None = None,
+    name: str = "losses",
+) -> np.ndarray:  # fmt: skip
+    """Losses float64 ``[n]`` of some tracks, all by the draws of step 0; those kept in ``so_far`` are not computed again."""
+    so_far = so_far or SoFar()
+    kept = so_far.losses(name)
+    found = [] if kept is None else [kept]
+    for first in range(0 if kept is None else len(kept), len(indices), rows):
         with torch.no_grad():
-            found.append(loss.losses(indices[first : first + rows], _MEASURE).cpu().numpy())
-        progress(min(first + rows, len(indices)), len(indices))
-    return np.concatenate(found)
+            found.append(loss.losses(indices[first : first + rows], _MEASURE).cpu())
+        done = min(first + rows, len(indices))
+        if so_far.due() or done == len(indices):
+            so_far.keep_losses(name, torch.cat(found))
+        progress(done, len(indices))
+    return torch.cat(found).numpy()
 
 
 def forget(
-    loss: TrackLoss, indices: Sequence[int], settings: ForgetSettings, progress: Progress = _silent
-) -> Forgotten:
+    loss: TrackLoss, indices: Sequence[int], settings: ForgetSettings, progress: Progress = _silent,
+    so_far: SoFar | None = None,
+) -> Forgotten:  # fmt: skip
     """Make a model forget some of its tracks; its weights are changed in place.
 
     Args:
@@ -147,9 +159,10 @@ def forget(
         indices: the forget set.
         settings: how.
         progress: called with (tracks and steps done, all of them).
+        so_far: what a killed call of the same model, tracks and settings has kept, which this one goes on from.
 
     Raises:
-        UserError: an unusable setting or forget set, or a gradient that is not finite.
+        UserError: an unusable setting or forget set; :class:`Diverged` where a gradient or loss is not finite.
     """
     settings.check()
     everything = range(len(loss.ids))
@@ -158,38 +171,43 @@ def forget(
         raise UserError(
             f"{int(chosen.sum())} of {len(chosen)} tracks to forget: name some, and leave some that remain"
         )
+    if settings.method == "relabel":
+        other_labels(loss, indices, settings.seed)  # refused, if it is, before anything is computed
     n = len(everything)
 
     def after_passes(done_before: int) -> Progress:
         return lambda done, _: progress(done_before + done, 2 * n + settings.steps)
 
-    before = track_losses(loss, everything, settings.rows, after_passes(0))
+    before = track_losses(loss, everything, settings.rows, after_passes(0), so_far, "before")
     move = ascent if settings.method == "ascent" else relabel
-    move(loss, np.flatnonzero(chosen).tolist(), settings, after_passes(n))
-    after = track_losses(loss, everything, settings.rows, after_passes(n + settings.steps))
+    move(loss, np.flatnonzero(chosen).tolist(), settings, after_passes(n), so_far)
+    after = track_losses(loss, everything, settings.rows, after_passes(n + settings.steps), so_far, "after")
     if not np.isfinite(after).all():
-        raise UserError(
+        raise Diverged(
             "forgetting diverged: a loss is not finite afterwards; use a smaller --lr, or fewer --steps"
         )
     return Forgotten(list(loss.ids), chosen, before, after)
 
 
 def ascent(
-    loss: TrackLoss, indices: Sequence[int], settings: ForgetSettings, progress: Progress = _silent
-) -> None:
+    loss: TrackLoss, indices: Sequence[int], settings: ForgetSettings, progress: Progress = _silent,
+    so_far: SoFar | None = None,
+) -> None:  # fmt: skip
     """Raise the losses of the forget set by gradient ascent; a track at the ceiling is left alone."""
-    _descend(loss, indices, settings, lambda values: -values.clamp(max=loss.ceiling), None, progress)
+    _descend(loss, indices, settings, lambda values: -values.clamp(max=loss.ceiling), None, progress, so_far)
 
 
 def relabel(
-    loss: TrackLoss, indices: Sequence[int], settings: ForgetSettings, progress: Progress = _silent
-) -> None:
+    loss: TrackLoss, indices: Sequence[int], settings: ForgetSettings, progress: Progress = _silent,
+    so_far: SoFar | None = None,
+) -> None:  # fmt: skip
     """Train the forget set under the conditioning of other tracks, one for each track, chosen at random once.
 
     Raises:
         UserError: all tracks are conditioned alike.
     """
-    _descend(loss, indices, settings, lambda values: values, other_labels(loss, indices, settings.seed), progress)  # fmt: skip
+    labels = other_labels(loss, indices, settings.seed)
+    _descend(loss, indices, settings, lambda values: values, labels, progress, so_far)
 
 
 def other_labels(loss: TrackLoss, indices: Sequence[int], seed: int) -> list[int]:
@@ -211,16 +229,17 @@ def other_labels(loss: TrackLoss, indices: Sequence[int], seed: int) -> list[int
 
 def _descend(
     loss: TrackLoss, indices: Sequence[int], settings: ForgetSettings, of: Callable[[Tensor], Tensor],
-    labels: Sequence[int] | None, progress: Progress,
+    labels: Sequence[int] | None, progress: Progress, so_far: SoFar | None,
 ) -> None:  # fmt: skip
     """Steps down the mean of ``of(losses)`` over the forget set; a step without any gradient changes nothing."""
     optimizer = OPTIMIZERS[settings.optimizer](loss.parameters.values(), lr=settings.lr)
-    for step in range(settings.steps):
+    so_far = so_far or SoFar()
+    for step in range(so_far.steps(loss.parameters, optimizer), settings.steps):
         places = _places(len(indices), step, settings)
         gradient = mean_gradient(loss, [indices[i] for i in places], _UPDATE + step, settings.rows, of,
                                  None if labels is None else [labels[i] for i in places])  # fmt: skip
         if not math.isfinite(length := norm(gradient)):
-            raise UserError(
+            raise Diverged(
                 f"forgetting diverged at step {step} (the gradient is not finite): use a smaller --lr"
             )
         if length > 0.0:
@@ -229,9 +248,11 @@ def _descend(
             try:
                 optimizer.step()
             except RuntimeError as error:  # torch refuses a rate that its numbers cannot hold
-                raise UserError(
+                raise Diverged(
                     f"forgetting cannot take steps of lr {settings.lr:g} ({error}): use a smaller --lr"
                 ) from error
+        if so_far.due():
+            so_far.keep_steps(step + 1, loss.parameters, optimizer)
         progress(step + 1, settings.steps)
     optimizer.zero_grad(set_to_none=True)
 

@@ -16,7 +16,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -112,12 +112,15 @@ def _index(result: Result) -> Iterator[Measure]:
         if not row["way"].startswith("ours"):
             continue
         name = f"{row['tracks']:,} x {row['width']} {row['numbers']}, {row['threads']} threads"
+        status = "failed" if "failed" in row else "ok"
         for key in ("recall_10", "recall_50"):
-            yield Measure(f"{name}: {key.replace('_', '@')}", (row[key],), True, exact=True)
+            values = (row[key],) if key in row else ()
+            yield Measure(f"{name}: {key.replace('_', '@')}", values, True, status, exact=True)
         for other in rows:
-            same = all(other[key] == row[key] for key in ("tracks", "width", "threads"))
+            same = all(other[key] == row[key] for key in ("tracks", "width", "numbers", "threads"))
             if same and other["way"].startswith("FAISS exact") and "seconds" in other:
-                yield Measure(f"{name}: a query, of {other['way']}", _over(row["seconds"], other["seconds"]))
+                values = _over(row.get("seconds", ()), other["seconds"])
+                yield Measure(f"{name}: a query, of {other['way']}", values, status=status)
 
 
 def _processes(result: Result) -> Iterator[Measure]:
@@ -272,7 +275,8 @@ def unlike(old: Result, new: Result) -> list[str]:
 
 
 def _host(result: Result) -> dict[str, Any]:
-    places = [result, *(part for part in result.values() if isinstance(part, dict))]
+    parts = [part for part in result.values() if isinstance(part, dict)]
+    places = [result["speed"], result] if "speed" in result else [result, *parts]
     found = next((p["environment"] for p in places if isinstance(p.get("environment"), dict)), {})
     threads = next(
         (p["threads"] for p in (result, result.get("settings", {}), *places) if "threads" in p), None
@@ -290,15 +294,23 @@ def markdown(lines: Sequence[Line]) -> str:
 
 
 def moved(found: Sequence[tuple[str, Sequence[Line]]]) -> str:
-    """How far two runs of the same state agree: figures of both that moved by no more than the spread of either, and the others."""
-    out = ["| question | figures | moved by less than their spread | by more |", "|---|---|---|---|"]
+    """How far two runs of one state agree: figures that moved by no more than the spread of either, the others, and those of one alone."""
+    head = "| question | figures | moved by less than their spread | by more | not repeated |"
+    out = [head, "|---" * 5 + "|"]
     for name, lines in found:
         judged = [line for line in lines if line.verdict in ("same", "worse", "better")]
         out.append(f"| {name} | {len(judged)} | {sum(line.verdict == 'same' for line in judged)} | "
-                   f"{sum(line.verdict != 'same' for line in judged)} |")  # fmt: skip
-    rest = [replace(line, name=f"{name}: {line.name}") for name, lines in found for line in lines
-            if line.verdict == "better" or (line.bad and line.new)]  # fmt: skip
+                   f"{sum(line.verdict != 'same' for line in judged)} | {sum(map(_lost, lines))} |")  # fmt: skip
+    rest = [
+        replace(line, name=f"{name}: {line.name}", verdict="not repeated" if _lost(line) else line.verdict)
+        for name, lines in found for line in lines if line.verdict == "better" or line.bad
+    ]  # fmt: skip
     return "\n".join([*out, "", markdown(rest)] if rest else out)
+
+
+def _lost(line: Line) -> bool:
+    """Whether the second run has no figure where the first has one; a check that failed there is another matter."""
+    return line.bad and (line.new is None or not (line.new.values or line.new.status in ("wrong", "failed")))
 
 
 def _cells(one: Measure | None) -> str:
@@ -326,6 +338,9 @@ def main() -> int:
         pairs = list(_pairs(args.old, args.new, args.seconds))
         if args.moved:
             print(moved([(name, compare(old, new, args.seconds)) for name, old, new in pairs]))
+            alone = _alone(args.old, {name for name, _, _ in pairs}) if args.old.is_dir() else []
+            if alone:
+                print(f"\nNot run again: {', '.join(alone)}.")
             return 0
         bad = False
         for name, old, new in pairs:
@@ -360,6 +375,12 @@ def _pairs(old: Path, new: Path, seconds: bool) -> Iterator[tuple[str, Result, R
         )
     for name, a, b in found:
         yield Path(name).stem, a, b
+
+
+def _alone(old: Path, both: Container[str]) -> list[str]:
+    """Results of a folder that hold ratios and are not in the other."""
+    rest = ((p, _read(p)) for p in sorted(old.glob("*.json")) if p.stem not in both)
+    return [path.stem for path, found in rest if question(found) is not None and measures(found)]
 
 
 def _read(path: Path) -> Result:

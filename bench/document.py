@@ -1,6 +1,6 @@
 """Put what bench/results says into the documentation: tables between their comments, and plots.
 
-    python bench/document.py                    all pages with such tables, and docs/plots where matplotlib is installed
+    python bench/document.py                    all pages with such tables, and docs/plots, for which stale ones need matplotlib
     python bench/document.py --check            says what is not as the results are, and changes nothing; exit code 1 then
     python bench/document.py docs/evidence.md   only that file
 
@@ -20,7 +20,10 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 import blocks  # noqa: E402 - needs the path
 import plots  # noqa: E402
 
-PAGES = ("performance.md", "evidence.md", "methods.md", "methods/strength.md", "index.md")
+PAGES = (
+    *("performance.md", "evidence.md", "methods.md", "index.md"),
+    *sorted(f"methods/{path.name}" for path in (ROOT / "docs" / "methods").glob("*.md")),
+)
 
 
 def main() -> int:
@@ -39,22 +42,17 @@ def main() -> int:
             old.append(str(path))
             if not args.check:
                 path.write_text(new, encoding="utf-8")
-    if not args.pages:
-        old += _plots(args.check)
-    for name in old:
-        print(f"{name} {'is not as the results are' if args.check else 'written'}")
-    return int(args.check and bool(old))
-
-
-def _plots(check: bool) -> list[str]:
-    """Plots whose series are not those of the results; drawn anew unless ``check``."""
-    stale = plots.stale()
-    if stale and not check:
-        if find_spec("matplotlib") is None:
-            print(f"not drawn, matplotlib is not installed: {', '.join(map(str, stale))}", file=sys.stderr)
-            return []
+    stale = [] if args.pages else plots.stale()
+    undrawn = bool(stale) and not args.check and find_spec("matplotlib") is None
+    if stale and not args.check and not undrawn:
         plots.draw(stale)
-    return [str(path) for path in stale]
+    for name in [*old, *([] if undrawn else map(str, stale))]:
+        print(f"{name} {'is not as the results are' if args.check else 'written'}")
+    if undrawn:
+        names = ", ".join(path.name for path in stale)
+        reason = f"matplotlib is not installed, so these plots are not as the results are: {names}"
+        print(f"{reason}; pip install '.[figures]'", file=sys.stderr)
+    return int(undrawn or (args.check and bool(old or stale)))
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def main() -> int:
         "layers, float32, one draw each), beside a loop over single rows and other libraries?",
         args.threads, [row for case in cases for row in rows_of(case)], ("loop", "vmap"),
         started | {"peer_versions": ENVIRONMENT.versions()},
-        settings=settings, below=TOLERANCE, columns=list(COLUMNS), notes=list(NOTES),
+        limits=fisher.ceilings(args, args.batch), settings=settings, below=TOLERANCE, columns=list(COLUMNS), notes=list(NOTES),
     )  # fmt: skip
     record.finish(found, args.out)
     return int(any(row["kind"] == "ours" and row["status"] != "ok" for row in found["rows"]))

@@ -92,6 +92,7 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         cases = [bench.case(tokens) for tokens in args.tokens]
     finally:
         bench.close()
+    figures = ceilings(args, args.batch)
     settings = {
         name: getattr(args, name) for name in ("tokens", "width", "depth", "batch", "threads", "repeat")
     }
@@ -101,9 +102,20 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         "settings": settings | {"dtype": "float32", "ways": args.ways},
         "error": {"is": "norm of the difference from the float64 loop over single rows over its norm, the largest of all "
                         "parameters that are covered", "below": TOLERANCE},
+        "limits": figures,
         "cases": cases,
         "criteria": report.criteria(cases),
     }  # fmt: skip
+
+
+def ceilings(args: argparse.Namespace, rows: int) -> dict[str, list[float]]:
+    """What the machine can do, measured here when nothing else runs: the largest product of a pass of so many rows at each length."""
+    import limits
+    import torch
+
+    say("the limits of the machine")
+    torch.set_num_threads(args.threads)
+    return limits.measure([limits.widest(rows, tokens, args.width) for tokens in args.tokens], args.repeat)
 
 
 class Bench:

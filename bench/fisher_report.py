@@ -143,7 +143,7 @@ def markdown(result: Result) -> str:
         for case in ones:
             engine, loop = (case["batch_one"].get(way) for way in ("engine", "loop"))
             lines.append(f"| {case['tokens']} | {_number(engine)} | {_number(loop)} |")
-    return "\n".join([*lines, *record.criteria(result["criteria"])])
+    return "\n".join([*lines, *record.limit_lines(result), *record.criteria(result["criteria"])])
 
 
 def _line(case: Result, row: Row) -> str:

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import subprocess
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ def environment(bench: Bench, commit: str) -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*: (.*)$", info.read_text(), re.M) if info.exists() else []
     out: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "commit": commit or _said("git", "rev-parse", "HEAD") or "not known",
         "command": command(),
         "python": platform.python_version(),
@@ -48,6 +50,7 @@ def environment(bench: Bench, commit: str) -> dict[str, Any]:
         "cpu": names[0] if names else platform.machine(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "load_average": [round(x, 2) for x in os.getloadavg()],
         "gpu": None,
     }
     if bench.cuda:

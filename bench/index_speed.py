@@ -24,6 +24,8 @@ from attr_engine.tensorfile import save_tensors
 HERE = Path(__file__).parent
 PEERS = peers_env.Environment(HERE / ".venv-index-peers", HERE / "requirements-index.txt", ("faiss-cpu",))
 QUERIES, FAMILY, TOP = 8, 8, (10, 50)
+# Of a product over both lengths: 1e-6 by attr_engine/index_numbers.py, and the query is rounded too.
+ROUNDING = 2e-6
 CHUNK = 2**16  # rows that are made at a time
 Row = dict[str, Any]
 
@@ -66,20 +68,23 @@ class Rows:
         return chosen + 0.7 * noise @ self._mix
 
 
-def write(rows: Rows, numbers: str, folder: Path) -> tuple[Index, np.ndarray]:
-    """An index of these rows, and what float32 rows score in float64: ``[QUERIES, N]``."""
+def write(rows: Rows, numbers: str, folder: Path) -> tuple[Index, np.ndarray, np.ndarray]:
+    """An index of these rows, what float32 rows score in float64, ``[QUERIES, N]``, and what a row can lose of it, ``[N]``.
+
+    A score is off by at most the length of its query times the last: what storing took from the row, and the product's rounding.
+    """
     folder.mkdir(parents=True)
-    queries, exact, scales = (
-        rows.queries().astype(np.float64),
-        np.zeros((QUERIES, rows.tracks)),
-        np.zeros(rows.tracks),
-    )
+    queries, exact = rows.queries().astype(np.float64), np.zeros((QUERIES, rows.tracks))
+    scales, lost = np.zeros(rows.tracks), np.zeros(rows.tracks)
     shape = (rows.tracks, rows.width)
     out = np.lib.format.open_memmap(folder / FEATURES, mode="w+", dtype=NUMBERS[numbers], shape=shape)
     for here, x in rows.chunks():
         wide = x.astype(np.float64)
         exact[:, here] = queries @ wide.T
-        out[here], scales[here] = stored(wide, numbers)
+        kept, scales[here] = stored(wide, numbers)
+        out[here] = kept
+        lost[here] = np.linalg.norm(wide - scales[here, None] * kept, axis=1)
+        lost[here] += ROUNDING * np.linalg.norm(wide, axis=1)
     out.flush()
     del out
     settings = IndexSettings(numbers=numbers)
@@ -89,7 +94,7 @@ def write(rows: Rows, numbers: str, folder: Path) -> tuple[Index, np.ndarray]:
     save_tensors(folder / SOLVER, tensors, {"key": "bench"})
     write_json(folder / IDS, list(range(rows.tracks)))
     write_json(folder / META, meta)
-    return Index.open(folder), exact
+    return Index.open(folder), exact, lost
 
 
 def times(work: Callable[[int], Any], repeat: int) -> list[float]:
@@ -113,19 +118,18 @@ def measure(
 ) -> list[Row]:  # fmt: skip
     """Ours with each number of threads, and FAISS with the first of them, on the same rows."""
     rows = Rows(tracks, width, seed=0)
-    index, exact = write(rows, numbers, folder)
+    index, exact, lost = write(rows, numbers, folder)
     queries = torch.from_numpy(rows.queries())
     size = index.features.nbytes / 1e6
     common = {"tracks": tracks, "width": width, "numbers": numbers, "megabytes": size}
     out: list[Row] = []
     for n in threads:
         torch.set_num_threads(n)
-        out.append(
-            {**common, "threads": n, "way": "ours, all scores", **_ours(index, queries, exact, repeat)}
-        )
+        ours = _ours(index, queries, exact, lost, repeat)
+        out.append({**common, "threads": n, "way": "ours, all scores", **ours})
     np.save(folder / "queries.npy", queries.numpy())
     np.save(folder / "best.npy", np.stack([largest(e, TOP[-1]) for e in exact]))
-    del exact
+    del exact, lost
     for way in peers:
         command = [
             str(PEERS.python()),
@@ -142,14 +146,23 @@ def measure(
     return out
 
 
-def _ours(index: Index, queries: torch.Tensor, exact: np.ndarray, repeat: int) -> Row:
-    """All scores of one query at a time, and the best of them."""
+def wrong(rows: Sequence[Row]) -> bool:
+    """Whether a row of ours has no times, because its scores were wrong; FAISS may fail."""
+    return any("failed" in row for row in rows if row["way"].startswith("ours"))
+
+
+def _ours(index: Index, queries: torch.Tensor, exact: np.ndarray, lost: np.ndarray, repeat: int) -> Row:
+    """All scores of one query at a time, and the best of them; what is wrong is not timed."""
+    found = [index.score(q[None])[0] for q in queries]
+    off = [np.abs(s - e) for s, e in zip(found, exact, strict=True)]
+    error = max(float(o.max() / np.abs(e).max()) for o, e in zip(off, exact, strict=True))
+    if not all((o <= float(q.norm()) * lost).all() for o, q in zip(off, queries, strict=True)):
+        reason = f"off by {error:.2g} of the largest score, more than its rows lost"
+        return {"error": error, "failed": f"WRONG: {reason}"}
     opened = Index.open(index.folder)  # its pages are not in the page table yet
     first = times(lambda i: opened.score(queries[:1]), 1)[0]
     seconds = times(lambda i: opened.score(queries[i % QUERIES][None]), repeat)
-    found = [opened.score(q[None])[0] for q in queries]
     top = times(lambda i: largest(found[i % QUERIES], TOP[-1]), repeat)
-    error = max(float(np.abs(s - e).max() / np.abs(e).max()) for s, e in zip(found, exact, strict=True))
     return {"first": first, "seconds": seconds, "median": statistics.median(seconds), "top_seconds": top,
             "top_median": statistics.median(top), "error": error,
             **recalls([largest(s, TOP[-1]) for s in found], exact)}  # fmt: skip

@@ -78,10 +78,11 @@ def _forget(found: Mapping[str, Any]) -> Table:
     method, rows = found["settings"]["method"], []
     for row in found["rows"]:
         label = f"{method} {row['strength']:g}" if row["strength"] else "untouched"
-        each = [row[name] if isinstance(row[name], list) else [row[name]] for name in FORGET]
+        each = [[row[name]] if name == "frechet" else row[name] or [None] * 3 for name in FORGET]
         rows.append([label, *(_short(x) for values in each for x in values)])
-    ends = {"frechet": []}
-    columns = [x for name, title in FORGET.items() for x in (title, *ends.get(name, ["low", "high"]))]
+    columns = [
+        x for name, title in FORGET.items() for x in (title, *(["low", "high"] if name != "frechet" else []))
+    ]
     return {"title": method, "columns": ["method, strength", *columns], "rows": rows, "note": ""}
 
 

@@ -243,7 +243,7 @@ def units(log: Path) -> dict[str, int]:
 
 def measure(results: int, seed: int, work: Path) -> dict[str, Any]:
     """All jobs, and what became of them."""
-    started, chance = time.monotonic(), random.Random(seed)
+    host, started, chance = environment(), time.monotonic(), random.Random(seed)
     data = chance.randrange(2**31)
     reference, seconds = {}, {}
     for kind in ("run", "index"):
@@ -279,7 +279,7 @@ def measure(results: int, seed: int, work: Path) -> dict[str, Any]:
         for path in work.glob(f"{out.name}*"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     return {**summary(jobs), "seed": seed, "seconds": round(time.monotonic() - started, 1),
-            "undisturbed_seconds": seconds, "environment": environment(), "jobs": jobs}  # fmt: skip
+            "undisturbed_seconds": seconds, "environment": host, "jobs": jobs}  # fmt: skip
 
 
 def summary(jobs: list[dict[str, Any]]) -> dict[str, Any]:

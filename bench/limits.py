@@ -49,9 +49,14 @@ def products(rows: int, columns: int, inner: int, repeat: int) -> list[float]:
     return _rates(lambda: torch.mm(left, right, out=out), 2.0 * rows * columns * inner, repeat)
 
 
+def widest(rows: int, frames: int, width: int) -> tuple[int, int, int]:
+    """The largest product of a pass through a DiT of this width, that into its feed-forward layers: rows, columns, inner."""
+    return rows * frames, 4 * width, width
+
+
 def measure(shapes: Sequence[tuple[int, int, int]], repeat: int) -> dict[str, list[float]]:
-    """All of them, by name with unit; ``shapes`` are (rows, columns, inner) of products."""
+    """All of them, by name with unit; ``shapes`` are (rows, columns, inner) of products, each measured once."""
     found = {"memcpy, GB/s": memcpy(repeat), "page cache, GB/s": page_cache(repeat)}
-    for shape in shapes:
+    for shape in dict.fromkeys(shapes):
         found[f"product {shape[0]}x{shape[2]} by {shape[2]}x{shape[1]}, GFLOP/s"] = products(*shape, repeat)
     return found

@@ -4,6 +4,7 @@
     python bench/methods.py ... --removals 4                                                also train without the ten best tracks of each
     python bench/methods.py --model M --data D --queries Q [--retrained R] --out compared   any other model and music
     python bench/methods.py --table bench/results/methods-demo.json
+    python bench/methods.py --figures ridge                                                 what both committed results say of a method
 
 The demo's queries are the judging half of those with known parents, and some training tracks; retrained models judge. It is
 ``attr-engine compare``: what is there is not asked again.
@@ -16,9 +17,11 @@ import json
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = {"the demo": "methods-demo.json", "real music": "methods-music.json"}
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
 import record  # noqa: E402 - needs the path
@@ -33,6 +36,9 @@ METHODS = ("ridge", "das", "dtrak", "trak", "tracin", "influence", "norm_influen
 def main() -> int:
     """Compare, keep the tables, print some of them."""
     args = _arguments()
+    if args.figures:
+        print(figures(args.figures))
+        return 0
     if args.table:
         print(document(json.loads(args.table.read_text())))
         return 0
@@ -103,6 +109,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=ROOT / "compared", help="folder of the comparison")
     parser.add_argument("--json", type=Path, default=ROOT / "bench" / "results" / "methods-demo.json")
     parser.add_argument("--table", type=Path, metavar="JSON", help="print the tables of an earlier run, and no more")  # fmt: skip
+    parser.add_argument("--figures", nargs="+", metavar="METHOD",
+                        help="print what the committed results say of some methods, with any options, and no more")  # fmt: skip
     return parser.parse_args()
 
 
@@ -119,6 +127,34 @@ def document(result: dict) -> str:
         tables["Methods"] = Table(first.title, first.columns, rows, first.note)
     wanted = ("Methods", "Linear datamodelling", "Removal", "Rank of a training", "Planted")
     return markdown([t for title, t in tables.items() if title.startswith(wanted)])
+
+
+def figures(methods: Sequence[str]) -> str:
+    """A row for each data set and method, for the page of the method.
+
+    Raises:
+        SystemExit: no result has one of them.
+    """
+    columns = ("removal, % more loss", "planted mAP", "seconds a query", "kB a track")
+    lines, missing = [f"| on | method | LDS (95 %) | {' | '.join(columns)} |", "|---" * 7 + "|"], set(methods)
+    for what, file in RESULTS.items():
+        tables = {
+            t["title"].partition(" (")[0]: t
+            for t in json.loads((ROOT / "bench" / "results" / file).read_text())["tables"]
+        }
+        judged = {row[0]: row for row in tables["Linear datamodelling score"]["rows"]}
+        for row in tables["Methods"]["rows"]:
+            if row[0].partition(":")[0] in methods:
+                missing.discard(row[0].partition(":")[0])
+                _, lds, low, high = judged[row[0]][:4]
+                values = dict(zip(tables["Methods"]["columns"], row, strict=True))
+                cells = [f"{values[column]:g}" if column in values else "" for column in columns]
+                lines.append(
+                    f"| {what} | {row[0]} | {lds:.2f} ({low:.2f} to {high:.2f}) | {' | '.join(cells)} |"
+                )
+    if missing:
+        raise SystemExit(f"no result in bench/results has {', '.join(sorted(missing))}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

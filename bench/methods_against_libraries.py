@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import record
 import score_libraries as libraries
 import torch
 from peers_env import Environment
@@ -190,6 +191,7 @@ NOT_COMPARED = {
 
 def compare(seed: int, out: Path) -> bool:
     """All comparisons, as JSON; whether every exact one agreed."""
+    environment = record.environment()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name, open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
         case = Case(seed, Path(name))
@@ -212,7 +214,8 @@ def compare(seed: int, out: Path) -> bool:
     versions = Environment(Path(sys.prefix), Path(), PACKAGES).versions()
     command = f"python bench/methods_against_libraries.py --seed {seed}"
     sizes = {"tracks": TRACKS, "queries": QUERIES, "parameters": sum(p.numel() for p in case.model.module.parameters())}  # fmt: skip
-    write_json(out, {"command": command, "versions": versions, "sizes": sizes, "rows": rows, "not_compared": NOT_COMPARED})  # fmt: skip
+    write_json(out, {"command": command, "environment": environment, "versions": versions, "sizes": sizes, "rows": rows,
+                     "not_compared": NOT_COMPARED})  # fmt: skip
     worst = {"float64": 1e-9}
     return all(
         r.get("max_relative_difference", 0.0) < worst.get(r.get("precision_of_the_library"), 1e-4)

@@ -116,7 +116,7 @@ def _index(result: Result) -> Iterator[Line]:
             continue
         what = f"index, {row['tracks']:,} x {row['width']} {row['numbers']}, {row['threads']} threads"
         name = " ".join(filter(None, [row["way"], row.get("depth")]))
-        same = [r for r in rows if r["way"].startswith("ours")
+        same = [r for r in rows if r["way"].startswith("ours") and "failed" not in r
                 and all(r[key] == row[key] for key in ("tracks", "width", "numbers", "threads"))]  # fmt: skip
         if "failed" in row or not same:
             yield Line(what, name, "", reason=row.get("failed", "no engine beside it"))
@@ -155,8 +155,25 @@ def lines(folder: Path) -> list[Line]:
     return found
 
 
-def markdown(found: Sequence[Line]) -> str:
-    """Both tables."""
+def sources(folder: Path) -> list[str]:
+    """A table of when, by which state and where every result was measured; empty fields are not in its JSON."""
+    out = ["| result | measured on | commit | processor, cores |", "|---|---|---|---|"]
+    for name in READERS:
+        path = folder / f"{name}.json"
+        if path.exists():
+            result = json.loads(path.read_text())
+            # Of an index only the speed is beside peers.
+            host = result.get("speed", {}).get("environment") or result.get("environment", {})
+            changed = " and changes" if host.get("changed_since_commit") else ""
+            where = ", ".join(str(host[key]) for key in ("cpu", "cores") if key in host)
+            out.append(
+                f"| {path.name} | {host.get('date', '')} | {host.get('commit', '')[:9]}{changed} | {where} |"
+            )
+    return out
+
+
+def markdown(found: Sequence[Line], sources: Sequence[str] = ()) -> str:
+    """Where it was measured, and both tables."""
     head = [
         "| what | peer | covers | error | engine's time, of the peer's | memory | |",
         "|---|---|---|---|---|---|---|",
@@ -167,6 +184,7 @@ def markdown(found: Sequence[Line]) -> str:
             "Median (lowest to highest) of the ratios within rounds; below 1 the engine is faster. With * the two did not take turns: the "
             "ratio of the medians (of the most unlike repetitions). A peer that covers less is beside the engine on what it covers.",
             "",
+            *([*sources, ""] if sources else []),
             *head,
             *map(_shown, found),
             "",
@@ -200,7 +218,7 @@ def main() -> int:
             file=sys.stderr,
         )
         return 1
-    print(markdown(found))
+    print(markdown(found, sources(args.results)))
     return 0
 
 

@@ -57,7 +57,7 @@ def _modes(result: dict[str, Any]) -> Plot:
 def _index(result: dict[str, Any]) -> Plot:
     series: dict[str, Points] = {}
     for row in result["speed"]["rows"]:
-        if row["way"].startswith("ours"):
+        if row["way"].startswith("ours") and "failed" not in row:
             name = f"{row['numbers']}, {row['threads']} threads"
             series.setdefault(name, []).append((row["megabytes"], 1e3 * row["median"]))
     return Plot("All scores of one query by an index", "index, MB", "ms", series)

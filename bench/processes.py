@@ -136,6 +136,7 @@ def _meet(folder: Path, name: str) -> None:
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Repetitions of every number of processes, taking turns."""
+    host = environment()
     seconds: dict[int, dict[str, list[float]]] = {n: {stage: [] for stage in STAGES} for n in args.processes}
     cpu: dict[int, dict[str, list[float]]] = {n: {stage: [] for stage in STAGES} for n in args.processes}
     reference: dict[str, bytes] = {}
@@ -166,7 +167,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for stage in STAGES for n in args.processes
     ]  # fmt: skip
     return {"same_bits": not differing, "differing": sorted(set(differing)), "files": sorted(reference), "rows": rows,
-            "repetitions": args.repetitions, "environment": environment()}  # fmt: skip
+            "repetitions": args.repetitions, "environment": host}  # fmt: skip
 
 
 def _once(demo: Path, out: Path, n: int) -> dict[str, tuple[float, float]]:

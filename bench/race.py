@@ -40,13 +40,14 @@ def main() -> int:
     import torch
 
     torch.set_num_threads(args.threads)
+    environment = fisher_report.environment()
     prepare(args)
     if args.prepare:
         truth_of(args)
         return 0
     found = measure(args)
     result: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
-    result[args.name] = {"environment": fisher_report.environment(), "threads": args.threads, **found}
+    result[args.name] = {"environment": environment, "threads": args.threads, **found}
     stream_report.write(result, args.out)
     print(markdown(result))
     return 0

@@ -1,6 +1,7 @@
 """What every result of bench/ carries, and how its repetitions become ratios and a table. Standard library alone.
 
-``python bench/record.py bench/results/unlearn.json`` prints the table of an earlier run, of the scripts that have no --table.
+``python bench/record.py bench/results/unlearn.json`` prints the table of an earlier run, of the scripts that have no --table;
+a folder's name, which of its results lack something that every result should say.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def environment() -> dict[str, Any]:
     names = re.findall(r"^model name\s*: (.*)$", info.read_text(), re.M) if info.exists() else []
     huge = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     return {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "commit": _said("git", "rev-parse", "HEAD"),
         "changed_since_commit": bool(
             _said("git", "status", "--porcelain", "--", "attr_engine", "csrc", "kernels", "bench", ":!bench/results")
@@ -199,10 +201,10 @@ def result(
 
 
 def finish(found: dict[str, Any], out: Path) -> int:
-    """Write, print; the exit code: 1 where a row of ours is wrong or failed."""
+    """Write, print; the exit code: 1 where a row is wrong or failed that is not a peer's."""
     write(found, out)
     print(markdown(found))
-    return 1 if any(r["status"] in ("wrong", "failed") for r in found["rows"]) else 0
+    return 1 if any(r["status"] in ("wrong", "failed") for r in found["rows"] if r["kind"] != "peer") else 0
 
 
 # -- table ----------------------------------------------------------------------------------------
@@ -222,12 +224,19 @@ def markdown(found: dict[str, Any]) -> str:
     ]
     for entry in found["rows"]:
         lines.append(_line(entry, bases, more, measure, scale))
-    for name, figures in found.get("limits", {}).items():
-        values = spread(figures)
-        lines += ["", f"Limit, {name}: {values['median']:.3g} ({values['min']:.3g} to {values['max']:.3g})"]
+    lines += limit_lines(found)
     return "\n".join(
         [*lines, *(["", *(f"* {note}" for note in found["notes"])] if found.get("notes") else [])]
     )
+
+
+def limit_lines(found: Mapping[str, Any]) -> list[str]:
+    """Lines below a table: what the machine can do, where the result has it."""
+    out = []
+    for name, figures in found.get("limits", {}).items():
+        values = spread(figures)
+        out += ["", f"Limit, {name}: {values['median']:.3g} ({values['min']:.3g} to {values['max']:.3g})"]
+    return out
 
 
 def criteria(items: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -270,6 +279,29 @@ def _figure(value: Any) -> str:
     return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+def lacking(folder: Path) -> str:
+    """Which results do not say what every result should: those that were made before their scripts wrote it."""
+    wanted: dict[str, list[str]] = {
+        "environment": [],
+        "command": [],
+        "commit": [],
+        "cpu": [],
+        "load_average": [],
+        "date": [],
+    }
+    for path in sorted(folder.glob("*.json")):
+        found = json.loads(path.read_text())
+        parts = [found, *found.values()] if isinstance(found, dict) else []
+        hosts = [part["environment"] for part in parts if isinstance(part, dict) and "environment" in part]
+        for name, without in wanted.items():
+            said = bool(hosts) and (name == "environment" or all(host.get(name) for host in hosts))
+            if not said and (name == "environment" or hosts) and not (name == "command" and found.get(name)):
+                without.append(path.stem)
+    return "\n".join(
+        f"* no {name.replace('_', ' ')}: {', '.join(some)}" for name, some in wanted.items() if some
+    )
+
+
 # -- memory of a process --------------------------------------------------------------------------
 
 
@@ -304,4 +336,4 @@ def _status(field: str) -> int:
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
-        print(markdown(json.loads(Path(name).read_text())))
+        print(lacking(Path(name)) if Path(name).is_dir() else markdown(json.loads(Path(name).read_text())))

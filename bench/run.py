@@ -75,7 +75,8 @@ QUESTIONS: dict[str, tuple[str, tuple[Part, ...]]] = {
         Part("index.py", "index.json", "--only speed --quick --repeat 2", "--only speed --peers",
              "--only speed --quick --repeat 2 --peers"),
         Part("index.py", "index.json", None, "--only quality", demo="needs", threads=False),
-        Part("windows.py", "windows.json", "--quick --kinds --repeat 2", "--kinds ivf"),
+        Part("windows.py", "windows.json", "--quick --kinds --repeat 2", "--kinds ivf --peers",
+             "--quick --kinds ivf --repeat 2 --peers"),
     )),
     "cold": ("how long it is until something happens: imports, --help, the first result", (
         Part("cold.py", "cold.json", "--quick", "", demo="takes"),
@@ -128,14 +129,16 @@ def main() -> int:
         return 0
     out = args.out or ROOT / ("bench-run" if args.quick else "bench/results")
     out.mkdir(parents=True, exist_ok=True)
-    said, failed = [], False
+    said, failed = [], []
     for name, part in asked(args.questions or list(QUESTIONS), args.quick):
         if (part.quick if args.quick else part.full) is None:
             continue
         line, wrong = run(name, part, args, out)
         said.append(line)
-        failed |= wrong
+        failed += [part.script] if wrong else []
     print("\n".join(["", "| question | script | | seconds | result |", "|---|---|---|---|---|", *said]))
+    if failed:
+        print(f"\nFailed: {', '.join(failed)}.")
     return 1 if failed else 0
 
 
@@ -167,9 +170,11 @@ def run(name: str, part: Part, args: argparse.Namespace, out: Path) -> tuple[str
     done = subprocess.run(command, env=known)
     seconds = time.perf_counter() - start
     said = "done" if done.returncode == 0 else f"**exit code {done.returncode}**"
+    result = part.out
     if _written(out / part.out) == before:
         said, done.returncode = said if done.returncode else "**no result**", done.returncode or 1
-    return f"| {name} | {part.script} | {said} | {seconds:.0f} | {part.out} |", done.returncode != 0
+        result += " is of an earlier run" if before else " was not written"
+    return f"| {name} | {part.script} | {said} | {seconds:.0f} | {result} |", done.returncode != 0
 
 
 def _written(path: Path) -> int:

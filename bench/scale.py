@@ -76,10 +76,11 @@ def main() -> int:
         rows += by_queries(args, q)
     rows += by_tracks(args, tracks)
     rows += by_processes(args, processes)
+    shapes = [entry["widest"] for entry in rows if "widest" in entry]
     found = record.result(
         "scale", (__doc__ or "").splitlines()[0], args.threads, rows, (LIMIT, COPY, "1 process"), started,
         settings={"width": args.width, "depth": args.depth, "repeat": args.repeat, "unit_tracks": UNIT},
-        limits=limits.measure([(64, 4 * args.width, args.width)], args.repeat), columns=["ms_a_pair", "found"],
+        limits=limits.measure(shapes, args.repeat), columns=["ms_a_pair", "found"],
         notes=[f"a pair is one (track, draw); 'computed': the seconds a pair of the largest measured number of tracks, times their "
                f"number; {os.cpu_count()} cores: with more processes than that nothing can be gained"],
     )  # fmt: skip
@@ -87,12 +88,15 @@ def main() -> int:
 
 
 def _timed(
-    case: str, ways: dict[str, Callable[[], object]], errors: dict[str, float], pairs: int, repeat: int
-) -> list[record.Row]:
-    """Rows of ways that were checked before, with milliseconds a (track, draw)."""
+    case: str, ways: dict[str, Callable[[], object]], errors: dict[str, float], pairs: int, repeat: int,
+    widest: tuple[int, int, int] | None = None,
+) -> list[record.Row]:  # fmt: skip
+    """Rows of ways that were checked before, with milliseconds a (track, draw); ``widest`` is the largest product of the plain passes."""
     kinds = {LIMIT: "limit", COPY: "limit"}
     rows = [record.row(case, way, kinds.get(way, "ours"), pairs=pairs, found="measured") for way in ways]
     for entry in rows:
+        if entry["way"] == LIMIT and widest:
+            entry["widest"] = widest
         if entry["way"] in errors:
             record.checked(entry, errors[entry["way"]], BELOW)
     record.take_turns(rows, ways, repeat)
@@ -120,7 +124,8 @@ def by_shape(name: str, frames: int, width: int, args: argparse.Namespace) -> li
     found = fisher()
     error = max(float((found[n] - w).norm() / w.norm()) for n, w in exact.items() if bool(w.any()))
     fitted = _timed(
-        f"Fisher, {name}", {LIMIT: lambda: case.backward(ready), FISHER: fisher}, {FISHER: error}, 4, args.repeat
+        f"Fisher, {name}", {LIMIT: lambda: case.backward(ready), FISHER: fisher}, {FISHER: error}, 4, args.repeat,
+        limits.widest(min(together, 4), frames, width),
     )  # fmt: skip
     return [*fitted, *_scored(case, f"{name}, 1 query", 1, args.repeat)]
 
@@ -146,11 +151,12 @@ def _scored(case: Case, name: str, queries: int, repeat: int, first_order: bool 
     }  # fmt: skip
     ends = [0, queries - 1]
     errors = {SCORES: _off(effects().unlearned[ends], exact_losses(case, [updates[q] for q in ends]))}
-    rows = _timed(f"scores, {name}", ways, errors, count, repeat)
+    widest = limits.widest(min(together, count), case.size.frames, case.size.width)
+    rows = _timed(f"scores, {name}", ways, errors, count, repeat, widest)
     if first_order:
         ways = {LIMIT: lambda: case.backward(ready), FIRST: influence}
         errors = {FIRST: _off(influence(), influence("loop"))}
-        rows += _timed(f"to first order, {name}", ways, errors, count, repeat)
+        rows += _timed(f"to first order, {name}", ways, errors, count, repeat, widest)
     return rows
 
 
@@ -198,8 +204,9 @@ def by_tracks(args: argparse.Namespace, numbers: tuple[int, ...]) -> list[record
 
             ways: dict[str, Callable[[], object]] = {LIMIT: plain, SCORES: score}
             rows += _timed(
-                f"scores, {n:,} tracks", ways, {SCORES: _off(found, alone)}, units * UNIT, min(3, args.repeat)
-            )
+                f"scores, {n:,} tracks", ways, {SCORES: _off(found, alone)}, units * UNIT, min(3, args.repeat),
+                limits.widest(min(together, UNIT), 64, args.width),
+            )  # fmt: skip
         else:
             rows += _computed(rows, n)
         rows += _after(n, args.repeat)

@@ -40,7 +40,14 @@ class Peer:
         return f"{self.name}, {self.workers} workers" if self.workers else self.name
 
 
-_SLOW = ("stable-audio-tools", "MosaicML streaming", "webdataset", "litdata")
+_SLOW = (
+    "DataLoader, .npy a track",
+    "DataLoader, safetensors packed",
+    "stable-audio-tools",
+    "MosaicML streaming",
+    "webdataset",
+    "litdata",
+)
 ALL = (
     Peer("numpy memmap"),
     Peer("numpy memmap, map kept"),
@@ -53,8 +60,6 @@ ALL = (
     Peer("safetensors packed, numpy"),
     Peer("safetensors packed, torch"),
     Peer(".npy a track", share=0.25),
-    Peer("DataLoader, safetensors packed", share=0.25),
-    Peer("DataLoader, safetensors packed", 2, 0.25),
     *(Peer(name, workers, 0.25) for name in _SLOW for workers in (0, 2)),
 )
 

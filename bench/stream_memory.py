@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import record
 
 CHANNELS, LONGEST, BATCH, BUFFERS = 64, 2584, 32, 4
 SHARD = 256 << 20
@@ -115,7 +115,7 @@ def main() -> None:
     if args.one:
         print(json.dumps(stream(Path(args.one))))
         return
-    results = []
+    environment, results = record.environment(), []
     for gigabytes in args.gigabytes:
         with tempfile.TemporaryDirectory() as folder:
             make_sparse(Path(folder), gigabytes)
@@ -123,14 +123,7 @@ def main() -> None:
             done = subprocess.run(command, capture_output=True, text=True, check=True)
         results.append(json.loads(done.stdout))
         print("  ".join(f"{name} {value:.5g}" for name, value in results[-1].items()))
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT
-    ).stdout.strip()
-    system = f"{platform.system()} {platform.release().split('-')[0]} {platform.machine()}"
-    environment = {"commit": commit, "python": platform.python_version(), "system": system, "cpus": os.cpu_count(),
-                   "command": "python bench/stream_memory.py " + " ".join(sys.argv[1:])}  # fmt: skip
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(args.out).write_text(json.dumps({"environment": environment, "results": results}, indent=2) + "\n")
+    record.write({"environment": environment, "results": results}, Path(args.out))
 
 
 if __name__ == "__main__":

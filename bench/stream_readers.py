@@ -15,6 +15,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -206,12 +207,16 @@ def safetensors_packed(framework: str) -> Peer:
     return peer
 
 
-def npy(source: Source, workers: int) -> Passes:
+def npy(source: Source, workers: int, loader: bool = False) -> Passes:
     def make(folder: Path) -> None:
         for i, track in enumerate(source.tracks()):
             np.save(folder / f"{i:07d}.npy", track)
 
     folder = str(source.made("npy", make))
+    if loader:
+        data = Npy(source)
+        data.folder = folder
+        return _loader(data, workers, Collate()).__iter__
     return lambda: source.filled(lambda i: np.load(f"{folder}/{i:07d}.npy"), False)
 
 
@@ -260,6 +265,15 @@ class Packed:
         return i, self._slices[self._set.shard_of[i]][start : start + self._set.lengths[i]]
 
 
+class Npy(Packed):
+    """The same over .npy files, one a track, mapped when asked for; copy on write, because torch warns of what it may not write to."""
+
+    folder = ""
+
+    def __getitem__(self, i: int) -> tuple[int, Any]:
+        return i, np.load(f"{self.folder}/{i:07d}.npy", mmap_mode="c")
+
+
 def _loader(data: Any, workers: int, collate: Any, **more: Any) -> Any:
     from torch.utils.data import DataLoader
 
@@ -273,8 +287,7 @@ def _loader(data: Any, workers: int, collate: Any, **more: Any) -> Any:
 
 
 def dataloader(source: Source, workers: int) -> Passes:
-    loader = _loader(Packed(source), workers, Collate())
-    return lambda: iter(loader)
+    return _loader(Packed(source), workers, Collate()).__iter__
 
 
 def stable_audio_tools(source: Source, workers: int) -> Passes:
@@ -322,7 +335,7 @@ def mosaic(source: Source, workers: int) -> Passes:
     collate = Collate()
     data = StreamingDataset(local=str(folder), shuffle=False, batch_size=BATCH)
     loader = _loader(data, workers, lambda samples: collate([(s["id"], s["latents"]) for s in samples]))
-    return lambda: iter(loader)
+    return loader.__iter__
 
 
 def webdataset(source: Source, workers: int) -> Passes:
@@ -343,8 +356,7 @@ def webdataset(source: Source, workers: int) -> Passes:
 
     data = wds.WebDataset(urls, shardshuffle=False, empty_check=False).map(decode)
     data = data.batched(BATCH, collation_fn=collate, partial=True)
-    loader = _loader(data, workers, None, batch_size=None)
-    return lambda: iter(loader)
+    return _loader(data, workers, None, batch_size=None).__iter__
 
 
 def litdata(source: Source, workers: int) -> Passes:
@@ -378,6 +390,7 @@ PEERS: dict[str, Peer] = {
     "safetensors packed, numpy": safetensors_packed("np"),
     "safetensors packed, torch": safetensors_packed("pt"),
     ".npy a track": npy,
+    "DataLoader, .npy a track": partial(npy, loader=True),
     "DataLoader, safetensors packed": dataloader,
     "stable-audio-tools": stable_audio_tools,
     "MosaicML streaming": mosaic,

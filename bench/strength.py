@@ -47,6 +47,7 @@ def main() -> int:
         print(document(json.loads(args.table.read_text())))
         return 0
     torch.set_num_threads(args.threads)
+    environment = {**fisher_report.environment(), "threads": args.threads}
     sets = Sets(args.demo, args.out)
     work = args.work or args.out / "strength"
     known = sets.queries("known")
@@ -62,7 +63,7 @@ def main() -> int:
     result = {
         "choosing": [q.id for q in choosing], "judging": [q.id for q in judging], "draws": DRAWS, "chosen": chosen,
         "winner": best, "judged": judged,
-        "environment": {**fisher_report.environment(), "threads": args.threads},
+        "environment": environment,
     }  # fmt: skip
     stream_report.write(result, args.json)
     print(document(result))

@@ -42,15 +42,13 @@ def main() -> int:
     args = arguments(parser, "unlearn")
     if args.quick:
         args.frames, args.width, args.depth, args.draws = [32], 64, 1, 4
-    started, rows, figures = record.environment(), [], {}
+    started, rows = record.environment(), []
     for frames in args.frames:
         rows += measure(frames, args.width, args.depth, args.draws, args.repeat)
-        here = limits.measure([(frames, 4 * args.width, args.width)], args.repeat)
-        figures = {**here, **figures}
     found = record.result(
         "unlearn", (__doc__ or "").splitlines()[0], args.threads, rows, (LIMIT, LOOP), started,
         settings={"width": args.width, "depth": args.depth, "draws": args.draws, "repeat": args.repeat},
-        limits=figures, columns=["rows", "gflop_per_s"],
+        limits=limits.measure([r["widest"] for r in rows if "widest" in r], args.repeat), columns=["rows", "gflop_per_s"],
     )  # fmt: skip
     return record.finish(found, args.out)
 
@@ -69,6 +67,7 @@ def measure(frames: int, width: int, depth: int, draws: int, repeat: int) -> lis
     kinds = {LIMIT: "limit", ENGINE: "ours", LOOP: "peer"}
     name = f"{frames} frames, {draws} draws"
     rows = [record.row(name, way, kinds[way], rows=1 if way == LOOP else together) for way in ways]
+    rows[0]["widest"] = limits.widest(min(together, draws), frames, width)
     for entry in rows:
         if entry["way"] != LIMIT:
             record.checked(entry, off(ways[entry["way"]](), wanted), BELOW)

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -10,7 +11,7 @@ import pytest
 import torch
 from helpers import ToyDenoiser, make_tracks
 
-from attr_engine import Settings
+from attr_engine import Settings, compare
 from attr_engine.compare import Answer, ask, folder_of, judged
 from attr_engine.errors import UserError
 from attr_engine.jobs import Query
@@ -69,7 +70,12 @@ def test_what_is_there_is_not_asked_again_and_what_differs_is(place, tmp_path):
     assert "score" not in CALLS
     np.testing.assert_array_equal(again.scores, first.scores)
     assert (again.once, again.each, again.kept) == (first.once, first.each, first.kept)
-    for changed in ({"queries": queries[:3]}, {"settings": Settings(seed=1)}):
+    CALLS.clear()
+    fewer = ask("toy", model, tracks, queries[2:0:-1], Settings(), tmp_path / "a")
+    assert "score" not in CALLS
+    np.testing.assert_array_equal(fewer.scores, first.scores[2:0:-1])
+    other = [Query(tracks, 1, "training track")]
+    for changed in ({"queries": [*queries, *other]}, {"settings": Settings(seed=1)}):
         CALLS.clear()
         ask(
             "toy",
@@ -79,6 +85,62 @@ def test_what_is_there_is_not_asked_again_and_what_differs_is(place, tmp_path):
             out=tmp_path / "a",
         )
         assert "score" in CALLS
+
+
+@dataclass(frozen=True)
+class Slow:
+    """Keeps the queries that it has scored, as those methods do that unlearn; five seconds a fit, two a query, on the clock of the test."""
+
+    def fit(self, model, tracks, work):
+        CLOCK[0] += 5.0
+        work.folder.mkdir(parents=True, exist_ok=True)
+        (work.folder / "kept").write_bytes(b"x" * 1000)
+        return FittedSlow(work, len(tracks))
+
+
+@dataclass(frozen=True)
+class FittedSlow:
+    work: object
+    count: int
+
+    def score(self, queries):
+        CALLS.extend(q.id for q in queries)
+        show = self.work.progress("scoring", "query")
+        for done, query in enumerate(queries):
+            path = self.work.folder / f"{query.id}.npy"
+            if not path.exists():
+                if STOP and query.id == STOP[0]:
+                    raise SystemExit(9)
+                CLOCK[0] += 2.0
+                np.save(path, np.full(self.count, float(query.index)))
+            show(done + 1, len(queries))
+            for record in self.work.folder.parent.glob("*.json"):
+                RECORDS.append(json.loads(record.read_text())["scoring"])
+        return np.stack([np.load(self.work.folder / f"{q.id}.npy") for q in queries])
+
+
+CLOCK, STOP, RECORDS = [0.0], [], []
+
+
+def test_seconds_are_of_the_queries_that_were_scored_and_bytes_of_fit_alone(place, tmp_path, monkeypatch):
+    model, tracks, queries = place
+    monkeypatch.setitem(METHODS, "slow", None)
+    del METHODS["slow"]
+    method("slow", "gradient", "a toy")(Slow)
+    monkeypatch.setattr(compare, "time", SimpleNamespace(perf_counter=lambda: CLOCK[0]))
+    monkeypatch.setattr(compare, "_SECONDS_BETWEEN_RECORDS", -1.0)
+    RECORDS.clear()
+    STOP[:] = ["q2"]
+    with pytest.raises(SystemExit):
+        ask("slow", model, tracks, queries[:3], Settings(), tmp_path / "a")
+    assert RECORDS == [2.0, 4.0]  # what a killed call would have left
+    STOP.clear()
+    found = ask("slow", model, tracks, queries[:3], Settings(), tmp_path / "a")
+    assert (found.once, found.each, found.kept) == (10.0, 2.0, 1000)
+    CALLS.clear()
+    found = ask("slow", model, tracks, queries, Settings(), tmp_path / "a")
+    assert CALLS == ["q3"] and (found.each, found.kept) == (2.0, 1000)
+    assert found.scores[:, 0].tolist() == [0.0, 1.0, 2.0, 3.0]
 
 
 def _work(path):

@@ -9,6 +9,7 @@ import torch
 from attr_engine import UserError, passt
 from attr_engine.fidelity import posterior_kl
 from attr_engine.forget import forget
+from attr_engine.forget_judges import LabelShift
 from attr_engine.forget_settings import Removal
 
 HOW = Removal(
@@ -47,7 +48,7 @@ def test_posteriors_are_those_of_the_package(seed, rng, tmp_path, capsys, prefix
         expected = theirs(torch.from_numpy(x)).double().softmax(-1).numpy()
     assert np.abs(expected[0] - expected[1]).max() > 1e-3
     capsys.readouterr()
-    found = passt.Passt(tmp_path / "x.pt").posteriors(x)
+    found = passt.Passt(tmp_path / "x.pt", licence="as read").posteriors(x)
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-6)
     np.testing.assert_allclose(found.sum(axis=1), 1, rtol=1e-12)
     assert capsys.readouterr().out == ""
@@ -55,7 +56,7 @@ def test_posteriors_are_those_of_the_package(seed, rng, tmp_path, capsys, prefix
 
 def test_pieces_have_the_mean_of_their_windows(seed, rng, tmp_path):
     write_passt(tmp_path / "x.pt", seed)
-    made, model = passt.Passt(tmp_path / "x.pt"), hearing.Singer(seed)
+    made, model = passt.Passt(tmp_path / "x.pt", licence="as read"), hearing.Singer(seed)
     latent = rng.normal(size=(3, 300)).astype(np.float32)  # fifteen seconds
     audio = passt.decoder(model, 32000)(latent)
     assert len(audio) == 480000
@@ -72,10 +73,10 @@ def test_pieces_have_the_mean_of_their_windows(seed, rng, tmp_path):
 def test_what_is_no_passt_is_refused(seed, tmp_path):
     path = tmp_path / "x.pt"
     with pytest.raises(UserError, match="does not exist: get passt-s-f128-p16-s10-ap.476-swa.pt of github"):
-        passt.Passt(path)
+        passt.Passt(path, licence="as read")
     torch.save({"a": torch.ones(2)}, path)
     with pytest.raises(UserError, match="it lacks cls_token"):
-        passt.Passt(path)
+        passt.Passt(path, licence="as read")
     state = write_passt(path, seed).state_dict()
     for change, words in (
         ({"time_new_pos_embed": torch.ones(1, 24, 1, 199)}, "no PaSST for ten seconds"),
@@ -86,12 +87,23 @@ def test_what_is_no_passt_is_refused(seed, tmp_path):
     ):
         torch.save({**state, **change}, path)
         with pytest.raises(UserError, match=words):
-            passt.Passt(path)
+            passt.Passt(path, licence="as read")
+
+
+def test_weights_whose_licence_nobody_named_are_not_taken(seed, rng, tmp_path):
+    torch.save({"a": torch.ones(2)}, tmp_path / "x.pt")
+    words = "licence of the weights of passt is not known here.*licence=NAME .of forget: --licence NAME."
+    with pytest.raises(UserError, match=words):
+        passt.Passt(tmp_path / "x.pt")
+    with pytest.raises(UserError, match=words):
+        LabelShift.of(str(tmp_path / "x.pt"), "", hearing.Singer(seed), tmp_path)
+    with pytest.raises(UserError, match="it lacks cls_token"):
+        LabelShift.of(str(tmp_path / "x.pt"), "as read", hearing.Singer(seed), tmp_path)
 
 
 def test_a_removal_reports_how_far_labels_moved(seed, rng, tmp_path, monkeypatch):
     """Pairs of the same prompt and noise, the untouched model's first, also where rows are kept; nothing moves at no update."""
-    monkeypatch.setattr("attr_engine.forget_judges.Passt", lambda path, device: hearing.Labels())
+    monkeypatch.setattr("attr_engine.forget_judges.Passt", lambda path, device, licence: hearing.Labels())
     model, tracks = hearing.Singer(seed), helpers.make_tracks(rng, 6, 3, 10)
     seen = []
     of_latents = hearing.Labels.of_latents

@@ -34,6 +34,7 @@ class Source:
         where: who publishes it.
         licence: of the weights.
         restricted: whether the licence forbids some uses, so that a user has to name it.
+        unknown: whether it could not be read here, so that a user has to read it and name what it is.
     """
 
     method: str
@@ -41,6 +42,7 @@ class Source:
     where: str
     licence: str
     restricted: bool = False
+    unknown: bool = False
 
     @property
     def text(self) -> str:
@@ -51,7 +53,7 @@ class Source:
         """The path that a user gave as ``checkpoint``, with the licence that the user named.
 
         Raises:
-            UserError: no path, nothing there, or a restricted licence that was not named; says what to get, and from where.
+            UserError: no path, nothing there, or a restricted or unknown licence that was not named; says what to get, and from where.
         """
         if not checkpoint:
             raise UserError(f"{self.method} needs weights: get {self.text} and name it as {self.method}:checkpoint=PATH")  # fmt: skip
@@ -59,6 +61,11 @@ class Source:
             raise UserError(
                 f"the weights of {self.method} ({self.where}) are under {self.licence}, which forbids commercial use: "
                 f"where that is yours, say so with licence={self.licence}"
+            )
+        if self.unknown and not licence.strip():
+            raise UserError(
+                f"the licence of the weights of {self.method} is not known here: read it at {self.where}, and where it allows your use, "
+                "name it with licence=NAME (of forget: --licence NAME)"
             )
         path = Path(checkpoint)
         if not path.exists():
@@ -72,7 +79,7 @@ SOURCES = {
         Source("clap", "music_audioset_epoch_15_esc_90.14.pt", "huggingface.co/lukewys/laion_clap", "CC0-1.0"),
         Source(
             "clews", "a CLEWS checkpoint (.ckpt)", "zenodo.org/records/15045900",
-            "see that record; the code of github.com/sony/clews is MIT",
+            "see that record; the code of github.com/sony/clews is MIT", unknown=True,
         ),
         Source("clmr", "clmr_checkpoint_10000.pt", "github.com/Spijkervet/CLMR, releases", "Apache-2.0"),
         Source("mert", "the folder", "huggingface.co/m-a-p/MERT-v1-95M", NON_COMMERCIAL, True),

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from attr_engine.errors import UserError
 from attr_engine.methods.base import method
 from attr_engine.methods.checkpoints import SOURCES, fit_state, part, read_state
-from attr_engine.methods.pretrained import Pretrained, TorchEmbedder
+from attr_engine.methods.pretrained import Pretrained, Restricted, TorchEmbedder
 from attr_engine.models.checkpoint import fingerprint
 
 CLMR_RATE, CLMR_SAMPLES = 22050, 59049  # 3 ** 10: one vector a window after ten divisions by three
@@ -277,14 +277,14 @@ def clews_embedder(path: Path, device: str = "cpu") -> TorchEmbedder:
     "clews",
     "black box",
     "cosine of CLEWS embeddings of windows, the largest (Serra et al. 2025; Choi et al. 2025)",
-    "checkpoint=",
+    "checkpoint= and licence=",
 )
 @dataclass(frozen=True)
-class Clews(Pretrained):
+class Clews(Restricted):
     """:func:`clews_embedder`."""
 
     method: ClassVar[str] = "clews"
 
     def embedder(self, device: str = "cpu") -> TorchEmbedder:
         """See :func:`clews_embedder`."""
-        return clews_embedder(SOURCES["clews"].path(self.checkpoint), device)
+        return clews_embedder(SOURCES["clews"].path(self.checkpoint, self.licence), device)

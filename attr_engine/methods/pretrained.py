@@ -94,7 +94,7 @@ class Pretrained:
 class Restricted(Pretrained):
     """The same, of weights whose licence a user has to name."""
 
-    licence: str = option("", "of the weights, named by a user whose use it allows: CC-BY-NC-4.0")
+    licence: str = option("", "of the weights, named by a user whose use it allows, such as CC-BY-NC-4.0")
 
 
 def missing_package(method: str, package: str, error: ImportError) -> UserError:

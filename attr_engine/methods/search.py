@@ -124,8 +124,8 @@ class Approximate:
 
     Attributes:
         index: FAISS' own.
-        meta: ``kind``; ``depth``, the cells or candidates that a query looks at; ``recall``, measured, of the ``k`` nearest of
-            queries that the depth was not chosen by.
+        meta: ``kind``; ``depth``, the cells or candidates that a query looks at; of queries that the depth was not chosen by
+            ``recall``, of their ``k`` nearest windows, and ``track_recall``, of the ``k`` best tracks by :func:`nearest_tracks`.
     """
 
     index: Any
@@ -154,9 +154,9 @@ def approximate(
         kind: one of :data:`KINDS`.
         folder: keeps the index.
         held_out: float32 ``[H, E]``, queries like those to come, at least two. The even ones choose the depth: the smallest of
-            1, 2, 4, ... with which the recall reaches ``least``; the recall that is kept was measured on the odd ones.
-        k: recall is of the k nearest.
-        least: recall wanted.
+            1, 2, 4, ... with which the recall of windows reaches ``least``; what is kept was measured on the odd ones.
+        k: recall is of the k nearest windows, or the k best tracks.
+        least: recall of windows wanted.
 
     Raises:
         UserError: FAISS is missing, the kind is unknown, or no depth reaches the recall.
@@ -177,6 +177,7 @@ def approximate(
         return found
     found = Approximate(_build(faiss, windows.vectors, kind), {"kind": kind, "k": k})
     found.meta.update(_measured(found, windows.vectors, held_out, k, least))
+    found.meta["track_recall"] = track_recall(found, windows, held_out[1::2], k)
     with whole_file(path) as new:
         faiss.write_index(found.index, str(new))
     write_json(about, found.meta)
@@ -216,6 +217,15 @@ def _measured(
                 f"no depth of {kind} finds {least:.0%} of the {k} nearest of the held-out queries: use the exact search"
             )
         depth = min(2 * depth, most)
+
+
+def track_recall(searcher: Searcher, windows: TrackWindows, queries: np.ndarray, k: int) -> float:
+    """Recall of what :func:`nearest_tracks` answers with, each of ``queries`` ``[Q, E]`` one of a single window."""
+    shares = []
+    for query in queries[:, None]:
+        truth = np.argsort(-track_scores(query, windows), kind="stable")[:k]
+        shares.append(len(np.intersect1d(nearest_tracks(query, windows, k, searcher)[0], truth)) / len(truth))
+    return float(np.mean(shares))
 
 
 def recall(found: np.ndarray, truth: np.ndarray) -> float:

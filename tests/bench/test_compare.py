@@ -76,11 +76,46 @@ def test_two_runs_of_one_state_are_counted_by_whether_they_moved(compare):
     once = result({"a": [2.0, 2.01], "b": [3.0, 3.01], "c": [4.0, 4.5]})
     again = result({"a": [2.5, 2.51], "b": [2.5, 2.51], "c": [4.4, 4.6]})
     table = compare.moved([("unlearn", compare.compare(once, again))]).splitlines()
-    assert table[2] == "| unlearn | 3 | 1 | 2 |"
+    assert table[2] == "| unlearn | 3 | 1 | 2 | 0 |"
     assert [line.split(" | ")[0] for line in table[6:]] == [
         "| unlearn: c: a, of limit",
         "| unlearn: c: b, of limit",
     ]
+
+
+def test_what_was_not_repeated_is_counted_and_listed(compare):
+    once = result({"a": [2.0, 2.01], "b": [3.0, 3.01], "c": [4.0, 4.5]})
+    again = copy.deepcopy(once)
+    again["rows"] = [row for row in again["rows"] if row["way"] != "b"]
+    again["rows"][-1]["seconds"] = []
+    table = compare.moved([("unlearn", compare.compare(once, again))]).splitlines()
+    assert table[2] == "| unlearn | 1 | 1 | 0 | 2 |"
+    assert [(line.split(" | ")[0], "**not repeated**" in line) for line in table[6:]] == [
+        ("| unlearn: c: b, of limit", True),
+        ("| unlearn: c: c, of limit", True),
+    ]
+
+
+def test_an_index_is_judged_beside_faiss_on_rows_of_the_same_numbers(compare):
+    def row(way, numbers, seconds):
+        return {"tracks": 5, "width": 2, "threads": 1, "way": way, "numbers": numbers, "seconds": seconds,
+                "recall_10": 1.0, "recall_50": 1.0}  # fmt: skip
+
+    rows = [row("ours, all scores", "float16", [2.0, 2.0]), row("ours, all scores", "int8", [1.0, 1.0]),
+            row("FAISS exact 8 bits", "int8", [1.0, 1.0])]  # fmt: skip
+    found = {"speed": {"rows": rows, "environment": {"cpu": "x"}}, "environment": {"cpu": "y"}}
+    names = [name for name in compare.measures(found) if "FAISS" in name]
+    assert names == ["5 x 2 int8, 1 threads: a query, of FAISS exact 8 bits"]
+    broken = copy.deepcopy(found)
+    broken["speed"]["rows"][1] = {
+        **{k: rows[1][k] for k in ("tracks", "width", "threads", "way", "numbers")},
+        "failed": "WRONG",
+    }
+    bad = [line for line in compare.compare(found, broken) if line.bad]
+    assert len(bad) == 3 and {line.verdict for line in bad} == {"FAILED in NEW"}
+    elsewhere = copy.deepcopy(found)
+    elsewhere["speed"]["environment"]["cpu"] = "z"
+    assert compare.unlike(found, elsewhere) == ["cpu"]
 
 
 def test_a_row_that_is_missing_or_wrong_is_bad_and_shows_no_figure(compare):
@@ -168,6 +203,11 @@ def test_exit_codes_and_folders(tmp_path):
         (tmp_path / folder / "unlearn.json").write_text(text)
         (tmp_path / folder / "evidence.json").write_text('{"lds": 1}')
     assert call(tmp_path / "old", tmp_path / "same").returncode == 0
+    (tmp_path / "old" / "scale.json").write_text(
+        json.dumps(result({"engine": [1.0, 1.0]}) | {"name": "scale"})
+    )
+    alone = call(tmp_path / "old", tmp_path / "same", "--moved")
+    assert alone.returncode == 0 and alone.stdout.splitlines()[-1] == "Not run again: scale."
     done = call(tmp_path / "old", tmp_path / "worse")
     assert done.returncode == 1 and "## unlearn" in done.stdout and "**worse**" in done.stdout
     assert "evidence" not in done.stdout

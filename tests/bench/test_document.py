@@ -38,6 +38,17 @@ def test_the_committed_documentation_is_what_the_results_say():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_every_page_of_a_method_has_figures_or_says_that_nothing_was_measured():
+    """Removal, and what is no method, have tables of their own."""
+    others = {"forget", "perturbation-curves", "search", "strength"}
+    for page in sorted((ROOT / "docs" / "methods").glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        assert page.stem in others or ("<!-- figures: python bench/methods.py --figures " in text) != (
+            "Not measured: " in text
+        ), page
+    assert script("methods.py", "--figures", "ridge", "clap").returncode == 1
+
+
 def test_a_changed_figure_is_found_put_right_and_the_text_around_it_stays(tmp_path):
     page = tmp_path / "page.md"
     command = "bench/cost_model.py --floor"
@@ -71,6 +82,28 @@ def test_a_changed_result_makes_its_table_and_its_plot_stale(tmp_path):
         "performance.md",
         "index-time.svg",
     }
+
+
+def test_plots_that_cannot_be_drawn_are_named_and_are_a_failure(modules, tmp_path, monkeypatch, capsys):
+    import document
+
+    plots, drawn = modules[3], []
+    monkeypatch.setattr(document, "PAGES", ())
+    monkeypatch.setattr(plots, "stale", lambda: [tmp_path / "a.svg"])
+    monkeypatch.setattr(plots, "draw", drawn.append)
+
+    def call(installed: bool, *words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(document, "find_spec", lambda _: object() if installed else None)
+        monkeypatch.setattr(sys, "argv", ["document.py", *words])
+        return document.main(), *capsys.readouterr()
+
+    code, out, said = call(False)
+    assert code == 1 and not out and not drawn and "a.svg; pip install '.[figures]'" in said
+    assert call(True) == (0, f"{tmp_path / 'a.svg'} written\n", "") and drawn == [[tmp_path / "a.svg"]]
+    for installed in (False, True):
+        assert call(installed, "--check") == (1, f"{tmp_path / 'a.svg'} is not as the results are\n", "")
+    monkeypatch.setattr(plots, "stale", list)
+    assert call(False) == (0, "", "")
 
 
 @pytest.mark.parametrize(
@@ -151,3 +184,22 @@ def test_scaled_figures_are_marked_and_missing_ones_said(modules, tmp_path, monk
     step = {"seconds_by": {"matrix": 90.0}, "scaled": True}
     (tmp_path / "gpu.json").write_text(json.dumps({"derived": {"step_on_an_h100": step}}))
     assert "90 s (matrix, scaled)" in tables.paper()
+
+
+def test_measured_scores_stand_beside_the_papers_with_their_card(modules, tmp_path, monkeypatch, rng):
+    tables = modules[2]
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    hours = float(rng.uniform(1, 5))
+    passes = [
+        {"way": way, "queries": q, "gpu_hours_a_draw": h}
+        for way, q, h in (("forward", 1, hours), ("forward", 4, 99.0), ("first_order", 1, 98.0))
+    ]
+    gpu = {"environment": {"gpu": {"name": "Card X"}}, "derived": {"data_set_pass": passes}}
+    (tmp_path / "gpu.json").write_text(json.dumps(gpu))
+    one, sixteen = (
+        next(line for line in tables.paper().splitlines() if f", {draws} |" in line)
+        for draws in ("1 draw", "16 draws")
+    )
+    assert f"| {hours:.3g} GPU-h (from rows, on Card X) |" in one
+    assert f"| {16 * hours:.3g} GPU-h (from rows, on Card X) |" in sixteen
+    assert tables.paper().count("not yet measured") == 1

@@ -50,6 +50,8 @@ def test_the_quick_case_is_right_on_all_parameters_and_names_no_folder(tmp_path)
         assert row["ratio_to"]["loop"]["median"] > 0 and row["ratio_to"]["vmap"] is None
     table = call("first_order.py", "--table", out)
     assert table.returncode == 0 and table.stdout.count("| 24 tokens |") == 2
+    assert len(found["limits"]) == 3 and table.stdout.count("\nLimit, ") == 3
+    assert f"product {4 * 24}x64 by 64x256, GFLOP/s" in found["limits"]
     shown = call("peers.py", tmp_path)
     assert (
         shown.returncode == 0 and shown.stdout.count("| gradient dot products, 24 tokens | loop | all |") >= 1
@@ -122,6 +124,27 @@ def test_verdicts_are_of_rounds_and_on_the_same_coverage(bench, rng, tmp_path):
     assert found["fast"].time is None and found["fast"].verdict == "WRONG: x"
 
 
+def test_every_source_says_when_and_where_it_was_measured(bench, tmp_path):
+    here = {
+        "date": "2026-01-02",
+        "commit": "0123456789abc",
+        "cpu": "P",
+        "cores": 2,
+        "changed_since_commit": True,
+    }
+    first = {"environment": here, "rows": [row("engine", [1.0, 1.0], "ours"), row("p", [2.0, 2.0])]}
+    (tmp_path / "first_order.json").write_text(json.dumps(first))
+    own = {
+        "environment": {"commit": "wrong"},
+        "speed": {"environment": {"commit": "fedcba9876543"}, "rows": []},
+    }
+    (tmp_path / "index.json").write_text(json.dumps(own))
+    done = call("peers.py", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "| first_order.json | 2026-01-02 | 012345678 and changes | P, 2 |" in done.stdout.splitlines()
+    assert "| index.json |  | fedcba987 |  |" in done.stdout.splitlines()
+
+
 def test_without_rounds_the_most_unlike_repetitions_bound_the_ratio(bench, rng):
     peers = bench("peers")
     a, b = rng.uniform(1, 2, 5), rng.uniform(1, 2, 7)
@@ -143,9 +166,11 @@ def test_a_missing_result_is_left_out_and_none_at_all_is_said(tmp_path):
 def test_peers_stands_for_the_parts_with_other_libraries_each_once(bench):
     run = bench("run")
     parts = run.asked(["fisher", "peers"])
-    assert [part.script for _, part in parts] == ["fisher.py", "first_order.py", "stream.py", "index.py"]
-    assert all("--peers" in part.full for _, part in parts)
-    assert run.asked(["index"])[0] == parts[-1] and len(run.asked(["index"])) == 3
+    scripts = ["fisher.py", "first_order.py", "stream.py", "index.py", "windows.py"]
+    assert [part.script for _, part in parts] == scripts
+    assert all("--peers" in part.full and "--peers" in part.peers for _, part in parts)
+    assert {Path(part.out).stem for _, part in parts} == set(bench("peers").READERS)
+    assert run.asked(["index"])[0] == parts[-2] and len(run.asked(["index"])) == 3
     small = run.asked(["fisher", "peers"], quick=True)
     assert [part.script for _, part in small] == [part.script for _, part in parts]
     assert all("--peers" in part.quick for _, part in small)

@@ -242,10 +242,22 @@ def test_restricted_weights_need_the_name_of_their_licence(seed, tmp_path, name)
         parse(f"{name}:checkpoint={tmp_path},licence=CC-BY-NC-4.0")[1].embedder()
 
 
+def test_weights_of_a_licence_that_is_not_known_need_one_that_the_user_has_read(tmp_path):
+    path = tmp_path / "x.ckpt"
+    torch.save({"a": torch.ones(2)}, path)
+    for licence in ("", ",licence= "):
+        with pytest.raises(
+            UserError, match="not known here: read it at zenodo.org/records/15045900.*licence=NAME"
+        ):
+            parse(f"clews:checkpoint={path}{licence}")[1].embedder()
+    with pytest.raises(UserError, match="another model|not CLEWS|lacks"):
+        parse(f"clews:checkpoint={path},licence=MIT")[1].embedder()
+
+
 @pytest.mark.parametrize("name", sorted(SOURCES))
 def test_without_weights_it_says_which_from_where_under_which_licence(tmp_path, name):
     source = SOURCES[name]
-    licence = f",licence={source.licence}" if source.restricted else ""
+    licence = f",licence={source.licence}" if source.restricted or source.unknown else ""
     for text, words in (
         (f"{name}:window=0{licence}", "needs weights"),
         (f"{name}:checkpoint={tmp_path / 'none'}{licence}", "does not exist"),

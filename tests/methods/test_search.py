@@ -8,7 +8,7 @@ import pytest
 
 from attr_engine.errors import UserError
 from attr_engine.methods import search
-from attr_engine.methods.search import Exact, approximate, nearest_tracks, recall, track_scores
+from attr_engine.methods.search import Exact, approximate, nearest_tracks, recall, track_recall, track_scores
 from attr_engine.methods.windows import TrackWindows, unit
 
 
@@ -100,6 +100,17 @@ def test_recall_counts_what_was_found():
     assert recall(np.array([[1, 2], [3, -1]]), np.array([[2, 1], [4, 3]])) == 0.75
 
 
+def test_the_recall_of_tracks_is_of_what_nearest_tracks_answers(rng):
+    windows = whole_windows(rng, 30)
+    queries = whole(unit(rng.normal(size=(7, 8))), 1)
+    half, shares = Exact(windows.vectors[: windows.bounds[15]]), []
+    for query in queries:
+        scores = naive_track_scores(query[None], windows)
+        shares.append(len(set(np.argsort(-scores)[:5]) & set(np.argsort(-scores[:15])[:5])) / 5)
+    assert track_recall(half, windows, queries, 5) == pytest.approx(np.mean(shares), abs=1e-12)
+    assert track_recall(Exact(windows.vectors), windows, queries, 50) == 1.0
+
+
 def test_without_faiss_there_is_a_sentence(rng, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     windows = make_windows(rng, 10)
@@ -117,6 +128,9 @@ def test_an_approximate_index_says_what_it_finds_and_is_kept(rng, tmp_path, kind
     found = index.nearest(held, 5)[1]
     assert recall(found[::2], truth[::2]) >= 0.9
     assert index.meta["recall"] == pytest.approx(recall(found[1::2], truth[1::2]))
+    shares = [np.intersect1d(nearest_tracks(q[None], windows, 5, index)[0], np.argsort(-track_scores(q[None], windows))[:5]).size / 5
+              for q in held[1::2]]  # fmt: skip
+    assert index.meta["track_recall"] == pytest.approx(np.mean(shares)) and np.mean(shares) > 0.5
 
     def no_build(*args):
         raise AssertionError("built again")

@@ -17,7 +17,7 @@ from musicgens import CODES, HOP, LONGEST, RATE, WORDS, make_codes, make_folder
 
 pytest.importorskip("transformers", minversion="5")
 
-from attr_engine import LatentDataset, MemoryTracks, cli  # noqa: E402
+from attr_engine import LatentDataset, MemoryTracks, cli, forget_state  # noqa: E402
 from attr_engine.errors import UserError  # noqa: E402
 from attr_engine.latents.batch import Chosen  # noqa: E402
 from attr_engine.models import musicgen  # noqa: E402
@@ -252,14 +252,96 @@ def test_the_command_forgets_saves_and_reports(folder, tmp_path, rng, capsys):
     assert json.loads((tmp_path / "out" / "forget.json").read_text())["losses"][3]["forget"]
     shutil.rmtree(tmp_path / "out")
     for more, message in (
-        (["--where", "prompt=x"], "no track with --where 'prompt=x'"),
+        (["--where", "prompt=x"], "no training track has prompt = 'x'"),
         (["--where", "prompt"], "write COLUMN=VALUE"),
+        (["--where", "artist=None"], "no track has a column 'artist'"),
         (["--forget", str(tmp_path / "no.txt")], "no.txt cannot be read"),
-        (["--forget", str(folder / "config.json")], "has no track '{'"),
+        (["--forget", str(folder / "config.json")], "no training track '{'"),
         (["--forget", str(ids), "--model", str(make_folder(tmp_path / "other", 1))], "encoded by another model"),
     ):  # fmt: skip
         assert cli.main([*call, *more]) == 2
         assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.so-far"))
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_a_command_that_was_stopped_anywhere_carries_on_to_the_same_bits(
+    folder, tmp_path, rng, monkeypatch, optimizer
+):
+    """Stopped at every pass in turn: while it measures, while it steps, and while it writes."""
+    pytest.importorskip("soxr")
+    write_music(tmp_path / "music", rng, ["a", "b", "c", "d"])
+    assert ingest(folder, tmp_path / "music", tmp_path / "codes") == 0
+    ids = tmp_path / "ids.txt"
+    ids.write_text("b.wav\nc.wav\n")
+
+    def call(out: str) -> int:
+        return cli.main(["musicgen-forget", "--model", str(folder), "--data", str(tmp_path / "codes"), "--forget", str(ids), "--out",
+                         str(tmp_path / out), "--steps", "4", "--lr", "1e-2", "--batch", "1", "--optimizer", optimizer])  # fmt: skip
+
+    assert call("whole") == 0
+    monkeypatch.setattr(forget_state, "_SECONDS_BETWEEN_CHECKPOINTS", -1.0)
+    inner, write, passes = MusicGenLoss.losses, musicgen.save_musicgen, []
+
+    def losses(self, *args):
+        passes.append(1)
+        if len(passes) > 1:
+            raise SystemExit(9)
+        return inner(self, *args)
+
+    monkeypatch.setattr(MusicGenLoss, "losses", losses)
+    for _ in range(
+        4 + 4 + 4 - 1
+    ):  # two passes over the tracks, and the steps: each sitting ends after one more of them
+        passes.clear()
+        with pytest.raises(SystemExit):
+            call("out")
+    monkeypatch.setattr(MusicGenLoss, "losses", inner)
+
+    def half(model, out, more):
+        write(model, out.with_name(out.name + ".part"), more)
+        raise SystemExit(9)
+
+    monkeypatch.setattr(musicgen, "save_musicgen", half)
+    with pytest.raises(SystemExit):
+        call("out")
+    monkeypatch.setattr(musicgen, "save_musicgen", write)
+    assert call("out") == 0 and not list(tmp_path.glob("*.so-far"))
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "out").iterdir())
+    for name in names:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_what_was_begun_with_other_settings_is_refused_and_what_diverged_is_not_in_the_way(
+    folder, tmp_path, rng, monkeypatch, capsys
+):
+    pytest.importorskip("soxr")
+    write_music(tmp_path / "music", rng, ["a", "b"])
+    assert ingest(folder, tmp_path / "music", tmp_path / "codes") == 0
+    call = ["musicgen-forget", "--model", str(folder), "--data", str(tmp_path / "codes"), "--where", f"prompt={WORDS[0]} {WORDS[0]}",
+            "--out", str(tmp_path / "out"), "--steps", "2", "--lr"]  # fmt: skip
+    inner = MusicGenLoss.losses
+
+    def stop(self, *args):
+        raise SystemExit(9)
+
+    def nan(self, indices, step, labels=None):
+        return inner(self, indices, step, labels) * (math.nan if step else 1.0)
+
+    monkeypatch.setattr(MusicGenLoss, "losses", nan)
+    assert cli.main([*call, "1e-3"]) == 2 and "diverged" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.so-far"))
+    monkeypatch.setattr(
+        MusicGenLoss,
+        "losses",
+        lambda self, i, step, labels=None: stop(self) if step else inner(self, i, step),
+    )
+    with pytest.raises(SystemExit):
+        cli.main([*call, "1e-3"])
+    monkeypatch.setattr(MusicGenLoss, "losses", inner)
+    assert cli.main([*call, "1e-4"]) == 2 and "belongs to other settings" in capsys.readouterr().err
+    assert cli.main([*call, "1e-3"]) == 0
 
 
 def rewrite(folder: Path, change) -> None:
