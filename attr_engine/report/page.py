@@ -68,7 +68,7 @@ _READING = (
     (
         "Everything else",
         "What the rows shown leave of 100 %: the other tracks together, and all of it where no track stands "
-        "out. Music outside the data set has no row and no share.",
+        "out. Music outside the data set has no row and no share. A query that is refused has no shares at all.",
     ),
     (
         "Effect curve",
