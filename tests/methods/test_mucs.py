@@ -29,11 +29,11 @@ def unbounded(monkeypatch):
 
 
 def by_loop(model, tracks, queries, forget, keep, null, how):
-    """The same steps, a pair at a time."""
+    """The same steps, a pair at a time: how many, and where they lead."""
     loop = naive.Loop(model, training_plan(how.seed))
     begin = naive.Loop(model, training_plan(how.seed))
     names, adam = list(select_parameters(model, LAYERS)), unlearning.Adam(how.lr)
-    mine, theirs = naive.items(queries, 10), naive.items(tracks, 10)
+    mine, theirs, steps = naive.items(queries, 10), naive.items(tracks, 10), 0
     for k in range(how.steps):
         numbers = range(k * how.batch, (k + 1) * how.batch)
         falling = [
@@ -41,10 +41,14 @@ def by_loop(model, tracks, queries, forget, keep, null, how):
         ]
         chosen = np.random.default_rng([how.seed, 5, k]).integers(len(keep), size=how.batch)
         kept = [loop.loss(theirs[keep[i]], "update", j, False) for i, j in zip(chosen, numbers, strict=True)]
-        bounded = torch.stack([x if float(x.detach()) < null else torch.tensor(null) for x in falling])
+        limit = torch.tensor(null, dtype=torch.float64)
+        bounded = torch.stack([x if float(x.detach()) < null else limit for x in falling])
+        if float(bounded.detach().mean()) >= how.stop * null:
+            break
+        steps += 1
         total = torch.stack(kept).mean() - how.weight * bounded.mean()
         unlearning.move(loop, adam.step(unlearning.gradient(loop, total)), names)
-    return {n: d for n, d in begin.delta(loop).items() if n in names}
+    return steps, {n: d for n, d in begin.delta(loop).items() if n in names}
 
 
 @pytest.mark.parametrize("bound", ["far", "acts"])
@@ -52,7 +56,8 @@ def by_loop(model, tracks, queries, forget, keep, null, how):
 def test_fine_tuning_is_that_of_a_loop(seed, rng, monkeypatch, bound, forget):
     model, tracks, queries = world(seed, rng)
     parameters, keep = select_parameters(model, LAYERS), [0, 2, 3, 5]
-    how = Mirroring(weight=0.7, lr=1e-3, stop=1.0, steps=3, batch=5, seed=seed, rows=2)
+    # Not at 1: rounding would decide whether the mean of five bounds is the bound.
+    how = Mirroring(weight=0.7, lr=1e-3, stop=0.999, steps=3, batch=5, seed=seed, rows=2)
     null = 1e3
     if bound == "acts":  # for some of the rows of the first step, not for all
         batch = queries.batch([forget[j % len(forget)] for j in range(5)], 10)
@@ -60,8 +65,10 @@ def test_fine_tuning_is_that_of_a_loop(seed, rng, monkeypatch, bound, forget):
         null, _ = loss_and_gradient(model, parameters, batch, draws, training_plan(seed), True, 2)
     monkeypatch.setattr(mucs, "null_loss", lambda *a: null)
     found = mirrored(model, parameters, queries, forget, tracks, keep, how)
-    expected = by_loop(model, tracks, queries, forget, keep, null, how)
-    assert found.steps == 3 and not found.ended and found.null == null
+    steps, expected = by_loop(model, tracks, queries, forget, keep, null, how)
+    # All rows of a later step may be above those of the first: it ends there.
+    assert found.steps == steps >= 1 and found.ended == (steps < 3) and found.null == 0.999 * null
+    assert steps == 3 or bound == "acts"
     for name, value in found.delta.items():
         assert naive.relative_error(value, expected[name]) < 1e-6, name
 
