@@ -252,9 +252,10 @@ class Truth:
 
 def dropped(folder: Path, truth: Truth) -> list[str]:
     """What the table in a folder has and the one that is to take its place has not: kinds of models, then queries."""
-    if not (folder / MODELS_FILE).exists():
+    try:
+        before = Truth.open(folder)
+    except UserError:  # none, or a damaged one: the new table is the way out
         return []
-    before = Truth.open(folder)
     lost = [x for x in before.what if x not in truth.what] + [
         q for q in before.queries if q not in truth.queries
     ]

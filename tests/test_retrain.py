@@ -208,6 +208,8 @@ def test_what_a_new_table_lacks_is_named(tmp_path, rng):
     truth([HALF, HALF, "whole", "artist=b"], ["x", "y"]).save(tmp_path)
     assert dropped(tmp_path, truth([HALF, "whole"], ["y"])) == ["artist=b", "x"]
     assert dropped(tmp_path, truth(["random", "artist=b", "whole", HALF], ["z", "y", "x"])) == []
+    (tmp_path / "models.parquet").write_bytes(b"no")
+    assert dropped(tmp_path, truth([HALF], ["x"])) == [], "a damaged table is in nobody's way"
 
 
 def test_a_half_that_lacks_a_seed_is_not_judged_by(rng):
