@@ -75,7 +75,7 @@ def musicgen_forget(args: argparse.Namespace) -> None:
     with writing_in(folder), held(folder / "lock") as mine:
         if not mine:
             raise UserError(f"another process works in {folder}: wait for it, or use another --out")
-        means = _forget(loss, model, chosen, settings, args, folder)
+        means = _forget(loss, model, tracks.fingerprint, chosen, settings, args, folder)
     print(f"mean loss in nats a code; a predictor that knows nothing has {loss.ceiling:.4f}")
     for name, count in (("forget", len(chosen)), ("remain", len(tracks) - len(chosen))):
         before, after = means[name]["before"], means[name]["after"]
@@ -84,18 +84,17 @@ def musicgen_forget(args: argparse.Namespace) -> None:
 
 
 def _forget(
-    loss: MusicGenLoss, model: MusicGen, chosen: list[int], settings: ForgetSettings, args: argparse.Namespace, folder: Path
+    loss: MusicGenLoss, model: MusicGen, tracks: str, chosen: list[int], settings: ForgetSettings, args: argparse.Namespace,
+    folder: Path,
 ) -> dict[str, dict[str, float]]:  # fmt: skip
-    """Forget, going on from ``folder``, and write the model and its report; returns the mean losses."""
+    """Forget, going on from ``folder``, and write the model and its report; ``tracks`` is their fingerprint. Returns the mean losses."""
     from attr_engine import progress
     from attr_engine.files import write_json
     from attr_engine.forget_state import SoFar
-    from attr_engine.latents import LatentDataset
     from attr_engine.models import checkpoint, musicgen
     from attr_engine.runs import key_of
     from attr_engine.track_loss import Diverged, forget
 
-    tracks = LatentDataset(args.data).fingerprint
     how = {**asdict(settings), "layers": args.layers, "text": args.text}
     decisive = {name: value for name, value in how.items() if name != "rows"}
     so_far = SoFar(folder, key_of(checkpoint.fingerprint(model.model, {}), tracks, chosen, decisive))

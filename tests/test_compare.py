@@ -21,6 +21,12 @@ from attr_engine.methods.base import model_key
 CALLS: list[str] = []
 
 
+def leave(work):
+    """What a fit keeps: 1000 bytes."""
+    work.folder.mkdir(parents=True, exist_ok=True)
+    (work.folder / "kept").write_bytes(b"x" * 1000)
+
+
 @dataclass(frozen=True)
 class Toy:
     """Scores by the place of a track, with or without something wrong."""
@@ -30,8 +36,7 @@ class Toy:
 
     def fit(self, model, tracks, work):
         CALLS.append("fit")
-        work.folder.mkdir(parents=True, exist_ok=True)
-        (work.folder / "kept").write_bytes(b"x" * 1000)
+        leave(work)
         return FittedToy(self, len(tracks))
 
 
@@ -93,8 +98,7 @@ class Slow:
 
     def fit(self, model, tracks, work):
         CLOCK[0] += 5.0
-        work.folder.mkdir(parents=True, exist_ok=True)
-        (work.folder / "kept").write_bytes(b"x" * 1000)
+        leave(work)
         return FittedSlow(work, len(tracks))
 
 

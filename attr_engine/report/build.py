@@ -109,15 +109,15 @@ def _short(curve: np.ndarray) -> np.ndarray:
 
 def _ranking(
     job: Job, name: str, strength: str, control: bool, scores: np.ndarray, errors: np.ndarray | None,
-    order: np.ndarray, hits: Mapping[str, str], shapes: Mapping[str, np.ndarray], k: int, refuse: Controls | None = None,
+    order: np.ndarray, hits: Mapping[str, str], shapes: Mapping[str, np.ndarray], k: int, responsible: np.ndarray | None = None,
     refused: bool = False,
 ) -> Ranking:  # fmt: skip
     """The first k tracks of ``order``; those that were not measured have no score, no share and no row."""
     measured, share = np.flatnonzero(~np.isnan(scores)), np.zeros(len(scores))
     if len(measured) and not refused:
         share[measured] = shares(scores[measured], job.run.settings.shares)
-    if refuse is not None:
-        share[~refuse.responsible(scores)] = 0.0
+    if responsible is not None:
+        share[~responsible] = 0.0
     rows = []
     for n, i in enumerate(order[:k]):
         if np.isnan(scores[i]):
@@ -142,7 +142,8 @@ def _section(
     s, query = job.run.settings, job.queries[q]
     hits, rankings = relatives(job.tracks, query), []
     leading = result.values[s.functions[0]][result.row(query.id, s.strengths[0])]
-    refused = refuse is not None and not refuse.responsible(leading).any()
+    responsible = None if refuse is None else refuse.responsible(leading)
+    refused = responsible is not None and not responsible.any()
     for function, strength in rankings_of(s):
         u, text = result.row(query.id, strength), strength_text(job, strength, function)
         lead = function == s.functions[0] and strength == s.strengths[0]
@@ -153,12 +154,12 @@ def _section(
         )
         curves_here = shapes.get(query.id, {}) if lead else {}
         rankings.append(
-            _ranking(job, function, text, False, scores, errors, order, hits, curves_here, s.show, refuse if lead else None, refused)
+            _ranking(job, function, text, False, scores, errors, order, hits, curves_here, s.show, responsible if lead else None, refused)
         )  # fmt: skip
     for name, scores in controls.items():
         order, count = order_of(scores[q]), min(_CONTROL_ROWS, s.show)
         rankings.append(_ranking(job, name, "", True, scores[q], None, order, hits, {}, count, None, refused))
-    notes = [] if refuse is None else [_verdict(refuse, result, query.id, s)]
+    notes = [] if refuse is None or responsible is None else [_verdict(refuse, leading, responsible, s)]
     if hits:
         found = sum(1 for row in rankings[0].rows if row.hit)
         notes.append(f"known relatives among the top {len(rankings[0].rows)}: {found} of {len(hits)}")
@@ -172,11 +173,9 @@ def _section(
     return QuerySection(info, query.kind, rankings, notes)
 
 
-def _verdict(refuse: Controls, result: Attribution, query: str, s: Settings) -> str:
+def _verdict(refuse: Controls, scores: np.ndarray, responsible: np.ndarray, s: Settings) -> str:
     """What the controls say of a query's leading ranking."""
-    scores = result.values[s.functions[0]][result.row(query, s.strengths[0])]
-    responsible, measured = refuse.responsible(scores), ~np.isnan(scores)
-    share = np.zeros(len(scores))
+    share, measured = np.zeros(len(scores)), ~np.isnan(scores)
     share[measured] = shares(scores[measured], s.shares)
     limit = f"{refuse.count} pieces that no training track made, of which {refuse.rate:.0%} at most pass"
     if not responsible.any():
